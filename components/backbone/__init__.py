@@ -1,0 +1,1 @@
+"""Kinds of the role `backbone`, one a file; see lattice.protocols."""

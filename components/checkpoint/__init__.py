@@ -1,0 +1,1 @@
+"""Kinds of the role `checkpoint`, one a file; see lattice.protocols."""

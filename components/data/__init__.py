@@ -1,0 +1,1 @@
+"""Kinds of the role `data`, one a file; see lattice.protocols."""

@@ -1,0 +1,1 @@
+"""Kinds of the role `evaluator`, one a file; see lattice.protocols."""

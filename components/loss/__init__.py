@@ -1,0 +1,1 @@
+"""Kinds of the role `loss`, one a file; see lattice.protocols."""

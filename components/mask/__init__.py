@@ -1,0 +1,1 @@
+"""Kinds of the role `mask`, one a file; see lattice.protocols."""

@@ -1,0 +1,1 @@
+"""Kinds of the role `metrics`, one a file; see lattice.protocols."""

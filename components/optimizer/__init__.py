@@ -1,0 +1,1 @@
+"""Kinds of the role `optimizer`, one a file; see lattice.protocols."""

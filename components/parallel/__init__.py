@@ -1,0 +1,1 @@
+"""Kinds of the role `parallel`, one a file; see lattice.protocols."""

@@ -1,0 +1,1 @@
+"""Kinds of the role `precision`, one a file; see lattice.protocols."""

@@ -1,0 +1,1 @@
+"""Kinds of the role `recurrence`, one a file; see lattice.protocols."""

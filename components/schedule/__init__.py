@@ -1,0 +1,1 @@
+"""Kinds of the role `schedule`, one a file; see lattice.protocols."""

@@ -1,0 +1,1 @@
+"""Kinds of the role `tokenizer`, one a file; see lattice.protocols."""

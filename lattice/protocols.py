@@ -1,0 +1,376 @@
+"""The roles of a recipe: what each part of the house answers.
+
+This page is the table of contents of the project. A *role* is a place in the graph that a component
+fills; a *kind* is one component for a role. A component is a frozen, keyword-only dataclass that
+inherits its role's Protocol below and carries `@register(role, kind)`: its fields are its options.
+
+Shapes: B batch, L tokens, n stages a token, S = L·n slots, D hidden, V vocabulary, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import torch
+
+    from lattice.cache import KVCache
+    from lattice.decoder import Decoder
+    from lattice.draws import Draw
+    from lattice.slots import Slots
+    from lattice.stack import Stack
+
+
+# ── recurrence ────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What other components may know of a backbone."""
+
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    context: int
+    """Longest sequence in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initialization:
+    """Standard deviations of the weight matrices; biases start at 0, norms at 1."""
+
+    std: float
+    residual_std: float
+    """Of the two projections a layer adds to the residual stream (attention out, MLP out)."""
+    truncate: float | None = None
+    """Cut the normal distribution at this many standard deviations."""
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """What a recurrence returns: the hidden states that predict, after the final norm."""
+
+    hidden_BLD: Tensor
+    telemetry: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars or vectors to log, e.g. `residuals`: relative change at each iteration."""
+
+
+class Unroll(Protocol):
+    """A recurrence bound to one backbone shape."""
+
+    def __call__(
+        self, stack: Stack, ids_BL: Tensor, *, draw: Draw | None = None, cache: KVCache | None = None
+    ) -> Unrolled:
+        """All tokens in parallel. `draw` gives the random counts of a training step; None the fixed ones
+        of evaluation. A `cache`, empty on entry, is filled with the keys and values of the last pass."""
+        ...
+
+    def step(self, stack: Stack, ids_B1: Tensor, cache: KVCache) -> Tensor:
+        """One token, strictly in sequence, after those in `cache`: hidden_B1D that predicts the next."""
+        ...
+
+
+class Recurrence(Protocol):
+    """How the model thinks before each token."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """Slots a token occupies in the last pass, and in the cache."""
+
+    @property
+    @abstractmethod
+    def parallel_is_exact(self) -> bool:
+        """Whether the parallel evaluation is the definition itself, so that prefill may use it."""
+
+    @abstractmethod
+    def token_passes(self, *, training: bool) -> float:
+        """Mean number of slots sent through the layers, for each token of the sequence."""
+
+    @abstractmethod
+    def initialization(self, shape: Shape) -> Initialization: ...
+
+    @abstractmethod
+    def build(self, shape: Shape) -> Unroll: ...
+
+
+# ── model ─────────────────────────────────────────────────────────────────────────────────────────
+class Backbone(Protocol):
+    """Embedding, layers, final norm and head."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape: ...
+
+    @abstractmethod
+    def build(self) -> Decoder:
+        """The module, on the current default device, weights not initialised."""
+
+    @abstractmethod
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face `config.json` of this architecture."""
+
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, config: dict[str, Any]) -> Backbone | None:
+        """The component that a Hugging Face `config.json` describes; None if it is not of this kind.
+        Raises ValueError for a setting of that architecture that this kind does not implement."""
+
+
+class Mask(Protocol):
+    """Which slots a slot may look at."""
+
+    @property
+    @abstractmethod
+    def needs_documents(self) -> bool:
+        """Whether the batch must say which document each token belongs to."""
+
+    @abstractmethod
+    def allowed(self, queries: Slots, keys: Slots) -> Tensor | None:
+        """Boolean (B or 1, Q, K), True where a query may look; None where plain causal order over the
+        slots says it all, which lets attention take its fast path."""
+
+
+class Precision(Protocol):
+    """In which number formats the model computes."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None: ...
+
+    @abstractmethod
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
+
+
+class ActivationCheckpoint(Protocol):
+    """What is kept of the forward pass and what is computed again in the backward pass."""
+
+    @abstractmethod
+    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wraps the call of one layer."""
+
+    @abstractmethod
+    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wraps one pass through a run of layers."""
+
+
+class Loss(Protocol):
+    """From hidden states to a loss. It holds the head, so chunking over the vocabulary is its business."""
+
+    @abstractmethod
+    def total(
+        self, hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats and the number of targets that count (those that are not -100)."""
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────
+class Parallel(Protocol):
+    """On which devices, and how the model is spread over them."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def world_size(self) -> int: ...
+
+    @abstractmethod
+    def apply(self, model: nn.Module, device: torch.device) -> nn.Module: ...
+
+
+class Optimizer(Protocol):
+    lr: float
+    """Peak learning rate, multiplied by the schedule."""
+    grad_clip: float | None
+    """Largest global gradient norm; None for no clipping."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer: ...
+
+
+class Schedule(Protocol):
+    @abstractmethod
+    def factor(self, step: int, steps: int) -> float:
+        """Multiplier of the learning rate at `step` of 0..steps-1."""
+
+
+class Codec(Protocol):
+    """A tokenizer that is ready to use."""
+
+    vocab_size: int
+    eos_id: int
+    """Written after every document."""
+    fingerprint: str
+    """Equal for two tokenizers exactly if they encode alike."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, no special tokens added. Uses all cores."""
+        ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Tokenizer(Protocol):
+    @abstractmethod
+    def build(self, folder: Path | None, corpus: Callable[[], Iterator[str]] | None = None) -> Codec:
+        """Opens the tokenizer: from `folder` where it was saved before, else from its source, then saved
+        to `folder`. A kind that is trained trains on `corpus`. Raises FileNotFoundError or ValueError
+        that says what is missing and how to provide it."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: str) -> Tokenizer | None:
+        """The component that `lattice prepare --tokenizer SPEC` names; None if the spec is not of this kind."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Targets are already shifted; -100 does not count."""
+
+    ids_BL: Tensor
+    targets_BL: Tensor
+    documents_BL: Tensor | None = None
+    identity: str = ""
+    """Where it came from, for messages: epoch and sequence numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """What training asks of a data component."""
+
+    codec: Codec
+    cache: Path
+    """A folder for what is worth keeping between runs on this machine."""
+    sequence_tokens: int
+    micro_batch: int
+    """Sequences a rank takes at once."""
+    batch: int
+    """Sequences an optimizer step takes, over all ranks and accumulation steps."""
+    documents: bool
+    """Whether batches carry documents_BL."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+
+class Source(Protocol):
+    """An opened data component."""
+
+    validation_bytes_per_token: float
+    """UTF-8 bytes of the validation text divided by its tokens: turns nats a token into bits a byte."""
+
+    def steps(self, first: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step from step `first` on, without end."""
+        ...
+
+    def validation(self, max_tokens: int) -> Iterator[Batch]:
+        """Held-out text in its own order, this rank's share, at most `max_tokens` over all ranks."""
+        ...
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where `step` stands in the data; saved in checkpoints and compared when one is resumed."""
+        ...
+
+
+class Data(Protocol):
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """What keeps this component from being opened, found without reading the data; each a sentence
+        that says how to provide what is missing."""
+
+    @abstractmethod
+    def corpus(self) -> Callable[[], Iterator[str]] | None:
+        """The training documents as text, if a tokenizer can be trained on them."""
+
+    @abstractmethod
+    def open(self, request: DataRequest) -> Source: ...
+
+
+class Checkpointer(Protocol):
+    """Saves and restores the state of one run."""
+
+    def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Starts saving. Raises OSError if an earlier save turns out to have failed."""
+        ...
+
+    def wait(self) -> None:
+        """Until what was started is on disk under its final name. Raises OSError if it is not."""
+        ...
+
+    def latest(self) -> Path | None: ...
+
+    def load(self, path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Fills `tensors` in place, returns the facts. Never executes code from the checkpoint."""
+        ...
+
+
+class Checkpoint(Protocol):
+    every: int
+
+    @abstractmethod
+    def build(self, folder: Path) -> Checkpointer: ...
+
+
+class MetricWriter(Protocol):
+    def log(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics(Protocol):
+    @abstractmethod
+    def build(self, folder: Path, first_step: int) -> MetricWriter: ...
+
+
+class Evaluator(Protocol):
+    every: int
+    """Steps between evaluations while training; 0 for the end only."""
+
+    @abstractmethod
+    def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]: ...
+
+
+@dataclass(frozen=True)
+class EvaluationSubject:
+    """What an evaluator may use."""
+
+    model: nn.Module
+    codec: Codec
+    source: Source
+    autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    protocol: type
+    named: bool = False
+    """Whether the recipe's table holds named members, `[metrics.board]`, rather than one component."""
+    table: str = ""
+    """Name of the recipe's table if it is not the role's own."""
+
+
+ROLES: dict[str, Role] = {
+    "backbone": Role(protocol=Backbone),
+    "recurrence": Role(protocol=Recurrence),
+    "mask": Role(protocol=Mask),
+    "loss": Role(protocol=Loss),
+    "precision": Role(protocol=Precision),
+    "activation_checkpoint": Role(protocol=ActivationCheckpoint),
+    "parallel": Role(protocol=Parallel),
+    "optimizer": Role(protocol=Optimizer),
+    "schedule": Role(protocol=Schedule),
+    "tokenizer": Role(protocol=Tokenizer),
+    "data": Role(protocol=Data),
+    "checkpoint": Role(protocol=Checkpoint),
+    "metrics": Role(protocol=Metrics, named=True),
+    "evaluator": Role(protocol=Evaluator, named=True, table="evaluators"),
+}
+TABLES: dict[str, str] = {role.table or name: name for name, role in ROLES.items()}
+"""Recipe table name -> role name."""
