@@ -303,10 +303,22 @@ class Checkpointer(Protocol):
         """Until what was started is on disk under its final name. Raises OSError if it is not."""
         ...
 
-    def latest(self) -> Path | None: ...
+    def candidates(self) -> list[Path]:
+        """The complete checkpoints, the latest first."""
+        ...
+
+    def latest(self) -> Path | None:
+        """The first of the candidates."""
+        ...
 
     def load(self, path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Fills `tensors` in place, returns the facts. Never executes code from the checkpoint."""
+        """Fills `tensors` in place, returns the facts. Never executes code from the checkpoint. Raises
+        ValueError, with nothing changed, for a damaged checkpoint and for one of another model."""
+        ...
+
+    def load_latest(self, tensors: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """Loads the latest candidate that is intact, with a warning for each that is not; None where there
+        is no candidate. Raises ValueError if none is intact or the checkpoint is of another model."""
         ...
 
 

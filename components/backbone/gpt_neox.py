@@ -1,0 +1,203 @@
+"""GPT-NeoX (Black et al., arXiv 2204.06745), the architecture of Pythia (arXiv 2304.01373).
+
+Module and parameter names are Hugging Face's, so that a checkpoint needs no translation.
+Shapes: B batch, S slots, D hidden, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lattice.cache import LayerCache
+from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
+from lattice.decoder import AttentionMask, Decoder, Rotary, attend, rotary_tables
+from lattice.protocols import Backbone, Shape
+from lattice.registry import register
+
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@register("backbone", "gpt_neox")
+@dataclass(frozen=True, kw_only=True)
+class GPTNeoX(Backbone):
+    """GPT-NeoX decoder (Pythia). Options carry the names of Hugging Face's GPTNeoXConfig."""
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    vocab_size: int = 50304
+    max_position_embeddings: int = 2048
+    rotary_pct: float = 0.25
+    rotary_emb_base: float = 10000.0
+    use_parallel_residual: bool = True
+    attention_bias: bool = True
+    layer_norm_eps: float = 1e-5
+    hidden_act: Activation = "gelu"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        positive({name: getattr(self, name) for name in (*names, "vocab_size", "max_position_embeddings")})
+        multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        if not 0 < self.rotary_pct <= 1:
+            raise ValueError(f"rotary_pct = {self.rotary_pct}: must be in (0, 1]")
+        if self.rotary_dimensions < 2 or self.rotary_dimensions % 2:
+            raise ValueError(
+                f"rotary_pct = {self.rotary_pct}: rotates {self.rotary_dimensions} of the "
+                f"{self.head_size} dimensions of a head; must be an even number of at least 2"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dimensions(self) -> int:
+        return int(self.head_size * self.rotary_pct)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            vocab_size=self.vocab_size,
+            context=self.max_position_embeddings,
+        )
+
+    def build(self) -> Decoder:
+        return GPTNeoXDecoder(self)
+
+    def to_hf(self) -> dict[str, Any]:
+        names = GPTNeoX.__dataclass_fields__
+        return {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            **{name: getattr(self, name) for name in names},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self.rotary_emb_base,
+                "partial_rotary_factor": self.rotary_pct,
+            },
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+        }
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> GPTNeoX | None:
+        if config.get("model_type") != "gpt_neox":
+            return None
+        warn_of_dropout(config, ("attention_dropout", "hidden_dropout"))
+        rope = hf_rope(config)
+        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        known |= {"rotary_emb_base": rope["theta"], "rotary_pct": rope["fraction"] or 0.25}
+        return cls(**known)
+
+
+class Attention(nn.Module):
+    def __init__(self, options: GPTNeoX) -> None:
+        super().__init__()
+        size = options.hidden_size
+        self.heads = options.num_attention_heads
+        self.query_key_value = nn.Linear(size, 3 * size, bias=options.attention_bias)
+        self.dense = nn.Linear(size, size, bias=options.attention_bias)
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None
+    ) -> Tensor:
+        # The fused projection is head-major: (H, [query, key, value], E).
+        qkv_BHS3E = self.query_key_value(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query_BHSE, key_BHSE, value_BHSE = qkv_BHS3E.chunk(3, dim=-1)
+        out: Tensor = self.dense(attend(query_BHSE, key_BHSE, value_BHSE, rotary, mask, cache))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, options: GPTNeoX) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(options.hidden_size, options.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(options.intermediate_size, options.hidden_size)
+        self.activation = ACTIVATIONS[options.hidden_act]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        out: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_BSD)))
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, options: GPTNeoX) -> None:
+        super().__init__()
+        self.parallel = options.use_parallel_residual
+        self.input_layernorm = nn.LayerNorm(options.hidden_size, eps=options.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(options.hidden_size, eps=options.layer_norm_eps)
+        self.attention = Attention(options)
+        self.mlp = MLP(options)
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None
+    ) -> Tensor:
+        attended: Tensor = self.attention(self.input_layernorm(x_BSD), rotary, mask, cache)
+        if self.parallel:
+            out: Tensor = self.mlp(self.post_attention_layernorm(x_BSD)) + attended + x_BSD
+            return out
+        x_BSD = attended + x_BSD
+        out = self.mlp(self.post_attention_layernorm(x_BSD)) + x_BSD
+        return out
+
+
+class Layers(nn.Module):
+    """The part that Hugging Face calls `gpt_neox`: everything but the head."""
+
+    def __init__(self, options: GPTNeoX) -> None:
+        super().__init__()
+        self.embed_in = nn.Embedding(options.vocab_size, options.hidden_size)
+        self.layers = nn.ModuleList(Layer(options) for _ in range(options.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(options.hidden_size, eps=options.layer_norm_eps)
+
+
+class GPTNeoXDecoder(Decoder):
+    """GPT-NeoX taken apart; see lattice.decoder.Decoder."""
+
+    def __init__(self, options: GPTNeoX) -> None:
+        super().__init__()
+        self.options = options
+        self.gpt_neox = Layers(options)
+        self.embed_out = nn.Linear(options.hidden_size, options.vocab_size, bias=False)
+        if options.tie_word_embeddings:
+            self.embed_out.weight = self.gpt_neox.embed_in.weight
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.gpt_neox.embed_in
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.gpt_neox.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.gpt_neox.final_layer_norm
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.embed_out
+
+    def rotary(self, position_BS: Tensor, dtype: torch.dtype) -> Rotary:
+        options = self.options
+        return rotary_tables(position_BS, options.rotary_dimensions, options.rotary_emb_base, dtype)
+
+    def residual_projections(self) -> list[nn.Linear]:
+        layers = [layer for layer in self.gpt_neox.layers if isinstance(layer, Layer)]
+        return [linear for layer in layers for linear in (layer.attention.dense, layer.mlp.dense_4h_to_h)]

@@ -1,0 +1,54 @@
+"""The plain model: one pass, no thoughts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lattice.cache import KVCache
+from lattice.draws import Draw
+from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.registry import register
+from lattice.stack import Stack
+
+
+@register("recurrence", "none")
+@dataclass(frozen=True, kw_only=True)
+class NoRecurrence(Recurrence):
+    """No thoughts: the plain language model that the others are compared with."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of every weight matrix at the start (Hugging Face's default)."""
+
+    def __post_init__(self) -> None:
+        if self.initializer_range <= 0:
+            raise ValueError(f"initializer_range = {self.initializer_range}: must be greater than 0")
+
+    @property
+    def slots(self) -> int:
+        return 1
+
+    @property
+    def parallel_is_exact(self) -> bool:
+        return True
+
+    def token_passes(self, *, training: bool) -> float:
+        return 1.0
+
+    def initialization(self, shape: Shape) -> Initialization:
+        return Initialization(std=self.initializer_range, residual_std=self.initializer_range)
+
+    def build(self, shape: Shape) -> Unroll:
+        return OnePass()
+
+
+class OnePass(Unroll):
+    def __call__(
+        self, stack: Stack, ids_BL: Tensor, *, draw: Draw | None = None, cache: KVCache | None = None
+    ) -> Unrolled:
+        slots_BLnD = stack.embed(ids_BL).unsqueeze(2)
+        return Unrolled(stack.run(slots_BLnD, cache=cache).squeeze(2))
+
+    def step(self, stack: Stack, ids_B1: Tensor, cache: KVCache) -> Tensor:
+        return self(stack, ids_B1, cache=cache).hidden_BLD

@@ -1,0 +1,176 @@
+"""The only wiring: a recipe becomes a model, a training graph or an evaluation subject.
+
+The order is fixed: backbone, recurrence, precision, device, weights, optimizer. Nothing large is allocated
+before the recipe has been checked as a whole (lattice.preflight).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lattice.model import LanguageModel
+from lattice.protocols import (
+    ActivationCheckpoint,
+    Backbone,
+    Checkpoint,
+    Checkpointer,
+    Codec,
+    Data,
+    DataRequest,
+    EvaluationSubject,
+    Evaluator,
+    Loss,
+    Mask,
+    Metrics,
+    Optimizer,
+    Parallel,
+    Precision,
+    Recurrence,
+    Schedule,
+    Source,
+    Tokenizer,
+)
+from lattice.recipe import Recipe, RecipeError, load_recipe
+
+
+@dataclass
+class TrainingGraph:
+    """Everything a training loop touches."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    model: LanguageModel
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    peak_lr: float
+    grad_clip: float | None
+    schedule: Schedule
+    codec: Codec
+    source: Source
+    checkpointer: Checkpointer
+    checkpoint_every: int
+    metrics: dict[str, Metrics]
+    evaluators: dict[str, Evaluator]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.precision.autocast(self.device)
+
+    def subject(self) -> EvaluationSubject:
+        return EvaluationSubject(self.model, self.codec, self.source, self.autocast, self.device)
+
+
+def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str = "cpu") -> LanguageModel:
+    """A model with newly drawn weights; `[backbone]` and `[recurrence]` are all the recipe needs.
+
+    The weights depend on `run.seed` alone. `device = "meta"` allocates nothing. Raises RecipeError.
+    """
+    recipe = load_recipe(recipe)
+    model = _bare_model(recipe, device)
+    if device != "meta":
+        # Drawn on the CPU, so that a seed means the same weights on every device.
+        generator = torch.Generator().manual_seed(recipe.run.seed)
+        model.decoder.initialize(model.recurrence.initialization(model.shape), generator)
+    return model
+
+
+def _bare_model(recipe: Recipe, device: str) -> LanguageModel:
+    with torch.device("cpu" if device not in ("cpu", "meta") else device):
+        return LanguageModel(
+            recipe.component("backbone"),
+            recipe.component("recurrence"),
+            recipe.component("mask"),
+            recipe.component("loss"),
+            recipe.component("activation_checkpoint"),
+        )
+
+
+def open_codec(recipe: Recipe, folder: Path | None) -> Codec:
+    """The recipe's tokenizer, from `folder` where an earlier run saved it."""
+    data: Data = recipe.component("data")
+    tokenizer: Tokenizer = recipe.component("tokenizer")
+    codec = tokenizer.build(folder, data.corpus())
+    backbone: Backbone = recipe.component("backbone")
+    vocabulary = backbone.shape.vocab_size
+    if codec.vocab_size > vocabulary:
+        raise RecipeError(
+            [
+                f"backbone.vocab_size = {vocabulary}: the tokenizer has {codec.vocab_size} tokens; "
+                f"must be at least that"
+            ]
+        )
+    return codec
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"run.device = '{name}': not available here: {reason}") from error
+    return device
+
+
+def training_graph(recipe: Recipe, folder: Path) -> TrainingGraph:
+    """Builds all that training needs; the run's files lie in `folder`."""
+    run = recipe.run
+    parallel: Parallel = recipe.component("parallel")
+    precision: Precision = recipe.component("precision")
+    optimizer: Optimizer = recipe.component("optimizer")
+    checkpoint: Checkpoint = recipe.component("checkpoint")
+    device = choose_device(run.device)
+    codec = open_codec(recipe, folder / "tokenizer")
+    data: Data = recipe.component("data")
+    source = data.open(_request(recipe, codec, parallel))
+    model = build_model(recipe)
+    precision.apply(model)
+    parallel.apply(model, device)
+    return TrainingGraph(
+        recipe=recipe,
+        folder=folder,
+        device=device,
+        model=model,
+        precision=precision,
+        optimizer=optimizer.build(model),
+        peak_lr=optimizer.lr,
+        grad_clip=optimizer.grad_clip,
+        schedule=recipe.component("schedule"),
+        codec=codec,
+        source=source,
+        checkpointer=checkpoint.build(folder / "checkpoints"),
+        checkpoint_every=checkpoint.every,
+        metrics=recipe.named("metrics"),
+        evaluators=recipe.named("evaluator"),
+    )
+
+
+def _request(recipe: Recipe, codec: Codec, parallel: Parallel) -> DataRequest:
+    run = recipe.run
+    return DataRequest(
+        codec=codec,
+        cache=cache_folder(),
+        sequence_tokens=run.sequence_tokens,
+        micro_batch=run.micro_batch or run.sequences // parallel.world_size,
+        batch=run.sequences,
+        documents=recipe.component("mask").needs_documents,
+        seed=run.seed,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+    )
+
+
+def cache_folder() -> Path:
+    """Where prepared copies of the embedded text are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lattice"

@@ -1,0 +1,51 @@
+"""Files that are either complete or absent, and errors of writing that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"
+"""Suffix of a file that is still being written; safe to delete when nobody writes."""
+
+
+class CannotWrite(ValueError):
+    """A file could not be written, for instance because the disk is full."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into CannotWrite that names `path`: a failed write() does not."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes the whole file or leaves the old one; two writers at once do not mix.
+
+    Raises CannotWrite with the file's name.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    with naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` of indented JSON, the same bytes for the same value."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode("ascii"))

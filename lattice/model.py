@@ -1,0 +1,133 @@
+"""The language model: a backbone, a recurrence over it, a mask and a loss.
+
+Shapes: B batch, L tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lattice.cache import KVCache
+from lattice.draws import Draw
+from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence
+from lattice.slots import Tokens
+from lattice.stack import Stack
+
+
+@dataclass
+class Output:
+    """What a forward returns: logits, or with targets their loss."""
+
+    logits: Tensor | None = None
+    """(B, L, V); None where targets were given."""
+    loss_sum: Tensor | None = None
+    """Nats, summed over the targets that count."""
+    count: Tensor | None = None
+    """How many targets count."""
+    telemetry: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Mean loss in nats a token."""
+        if self.loss_sum is None or self.count is None:
+            return None
+        return self.loss_sum / self.count
+
+
+class LanguageModel(nn.Module):
+    """Logits for the next token, after thinking as the recurrence says.
+
+    The number of iterations is the fixed one of evaluation unless a `draw` is given, so that a forward is
+    a function of its inputs in training mode as well.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        recurrence: Recurrence,
+        mask: Mask,
+        loss: Loss,
+        checkpointing: ActivationCheckpoint,
+    ) -> None:
+        super().__init__()
+        self.components: dict[str, Any] = {"backbone": backbone, "recurrence": recurrence, "mask": mask}
+        self.decoder = backbone.build()
+        self.unroll = recurrence.build(backbone.shape)
+        self.shape = backbone.shape
+        self.mask = mask
+        self.loss = loss
+        self.checkpointing = checkpointing
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """The recurrence component that this model was built from."""
+        recurrence: Recurrence = self.components["recurrence"]
+        return recurrence
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        targets: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> Output:
+        """All tokens in parallel.
+
+        `input_ids` (B, L); `attention_mask` (B, L), 0 for padding; `documents` (B, L), document numbers of
+        a packed batch; `targets` (B, L), already shifted, -100 does not count: with them the output holds
+        the loss in place of the logits. Raises ValueError for a sequence longer than the context.
+        """
+        self._check_length(input_ids.shape[1])
+        stack = self._stack(Tokens.of(input_ids, attention_mask, documents))
+        unrolled = self.unroll(stack, input_ids, draw=draw)
+        if targets is None:
+            return Output(stack.logits(unrolled.hidden_BLD), telemetry=unrolled.telemetry)
+        hidden_ND = unrolled.hidden_BLD.flatten(0, 1)
+        loss_sum, count = self.loss.total(hidden_ND, stack.logits, targets.flatten())
+        return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry)
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, parallel: bool = False
+    ) -> tuple[Tensor, KVCache]:
+        """Logits (B, V) after the last token of a prompt (B, L), and the cache to go on from.
+
+        Thoughts are computed strictly in sequence; with `parallel` by the solver, at its evaluation
+        settings, which is faster and, for thoughts, an approximation.
+        """
+        cache = KVCache(self.shape.num_layers)
+        if parallel or self.recurrence.parallel_is_exact:
+            self._check_length(input_ids.shape[1])
+            stack = self._stack(Tokens.of(input_ids, attention_mask))
+            hidden_BLD = self.unroll(stack, input_ids, cache=cache).hidden_BLD
+            return stack.logits(hidden_BLD[:, -1]), cache
+        logits_BV = torch.empty(0)
+        for at in range(input_ids.shape[1]):
+            present = None if attention_mask is None else attention_mask[:, at : at + 1]
+            logits_BV = self.step(input_ids[:, at : at + 1], cache, present)
+        return logits_BV, cache
+
+    @torch.no_grad()
+    def step(self, ids_B1: Tensor, cache: KVCache, attention_mask_B1: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after one more token, its thoughts computed in sequence through the cache."""
+        first = cache.tokens
+        self._check_length(first + 1)
+        tokens = Tokens.of(ids_B1, attention_mask_B1, first=first, past_real_B=cache.real_tokens())
+        stack = self._stack(tokens)
+        return stack.logits(self.unroll.step(stack, ids_B1, cache)[:, -1])
+
+    def _stack(self, tokens: Tokens) -> Stack:
+        return Stack(self.decoder, self.mask, self.checkpointing, tokens)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.shape.context:
+            raise ValueError(
+                f"{length} tokens do not fit the model's context of {self.shape.context}: shorten the input "
+                "or raise backbone.max_position_embeddings"
+            )

@@ -1,0 +1,184 @@
+"""What a preparation has finished, kept so that it can be interrupted at any moment."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lattice.atomic import PARTIAL, naming, write_json
+from lattice.protocols import Codec
+from lattice.shard_writer import INDEX_BYTES, JOURNAL, MANIFEST, manifest, token_dtype
+
+LOCK = "prepare.lock"
+
+
+def command(settings: dict[str, Any], out: Path) -> str:
+    """The `lattice prepare` command of these settings."""
+    spec = settings["tokenizer"]
+    words = ["lattice", "prepare", *settings["sources"], "--out", str(out)]
+    words += spec.split() if spec.startswith("--") else ["--tokenizer", spec]
+    if settings["validation_fraction"]:
+        words += ["--validation-fraction", str(settings["validation_fraction"])]
+    if settings["text_key"] != "text":
+        words += ["--text-key", settings["text_key"]]
+    return shlex.join(words)
+
+
+class Journal:
+    """The state of one directory: `finished` is its manifest if there is nothing left to do."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Raises ValueError where the directory holds another preparation or something else."""
+        self.folder = folder
+        self.settings = settings
+        self.finished: dict[str, Any] | None = None
+        self.fingerprint: str | None = None
+        self.position = (0, 0)
+        self.empty = 0
+        splits = ["train", "validation"] if settings["validation_fraction"] else ["train"]
+        self.splits: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+        if (folder / MANIFEST).exists():
+            self.finished = _load(folder / MANIFEST)
+            before = {**self.finished.get("settings", {}), "files": self.finished.get("sources")}
+            self._same(before, "is already prepared")
+        elif (folder / JOURNAL).exists():
+            self._resume(_load(folder / JOURNAL))
+        else:
+            others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and PARTIAL not in p.name)
+            if others:
+                raise ValueError(f"{folder} is not empty ({', '.join(others[:5])}): choose a new directory")
+            self._save()
+        for partial in folder.glob(f"*{PARTIAL}"):
+            partial.unlink()
+
+    def begin(self, codec: Codec) -> None:
+        """Raises ValueError if the shards so far were made with another tokenizer, or are damaged."""
+        if self.fingerprint not in (None, codec.fingerprint):
+            raise ValueError(
+                f"{self.folder} was begun with the tokenizer {self.fingerprint}, now it is "
+                f"{codec.fingerprint}: restore the tokenizer or choose a new directory"
+            )
+        self._check_sizes(np.dtype(token_dtype(codec.vocab_size)).itemsize)
+        self.fingerprint = codec.fingerprint
+        self._save()
+
+    def complete(
+        self, splits: dict[str, list[dict[str, Any]]], position: tuple[int, int], empty: int
+    ) -> None:
+        """Records that everything before `position` (source, record) is in `splits`' shards."""
+        self.splits = {split: list(shards) for split, shards in splits.items()}
+        self.position, self.empty = position, empty
+        self._save()
+
+    def finish(self, codec: Codec, tokenizer: dict[str, str]) -> dict[str, Any]:
+        """Writes the manifest and ends the journal. Raises ValueError if there is no document."""
+        if not any(self.splits.values()):
+            raise ValueError(f"the sources hold no text: {', '.join(self.settings['sources'])}")
+        result = manifest(
+            codec,
+            tokenizer,
+            self.splits,
+            empty_documents=self.empty,
+            sources=self.settings["files"],
+            settings={name: value for name, value in self.settings.items() if name != "files"},
+        )
+        write_json(self.folder / MANIFEST, result)
+        (self.folder / JOURNAL).unlink()
+        return result
+
+    def describe(self) -> str:
+        shards = [shard for split in self.splits.values() for shard in split]
+        return (
+            f"Complete and kept: {len(shards)} shards, {sum(s['documents'] for s in shards)} documents, "
+            f"{sum(s['tokens'] for s in shards)} tokens."
+        )
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        self._same(saved["settings"], "holds an unfinished preparation")
+        self.fingerprint, self.empty, self.splits = saved["fingerprint"], saved["empty"], saved["splits"]
+        source, record = saved["position"]
+        self.position = (source, record)
+
+    def _check_sizes(self, token_bytes: int) -> None:
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            sizes = {"file": shard["tokens"] * token_bytes, "index": shard["documents"] * INDEX_BYTES}
+            for key, expected in sizes.items():
+                path = self.folder / shard[key]
+                actual = path.stat().st_size if path.exists() else 0
+                if actual != expected:
+                    raise ValueError(
+                        f"{path} was complete with {expected} bytes, now it has {actual}: restore it, or "
+                        f"delete {self.folder} and start again"
+                    )
+
+    def _same(self, saved: dict[str, Any], what: str) -> None:
+        for name, value in self.settings.items():
+            before = saved.get(name)
+            if before != value:
+                if name == "files" and isinstance(before, list):
+                    before, value = _first_difference(before, value)
+                raise ValueError(
+                    f"{self.folder} {what} with {name} = {before!r}, not {value!r}: choose another "
+                    f"directory, or run it as before: {command(saved, self.folder)}"
+                )
+
+    def _save(self) -> None:
+        write_json(
+            self.folder / JOURNAL,
+            {
+                "settings": self.settings,
+                "fingerprint": self.fingerprint,
+                "position": self.position,
+                "empty": self.empty,
+                "splits": self.splits,
+            },
+        )
+
+
+def _first_difference(before: list[Any], now: list[Any]) -> tuple[Any, Any]:
+    for old, new in zip(before, now, strict=False):
+        if old != new:
+            return old, new
+    return f"{len(before)} files", f"{len(now)} files"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+@contextmanager
+def opened(folder: Path, settings: dict[str, Any]) -> Iterator[Journal]:
+    """The journal of `folder`, created if need be, for this process alone.
+
+    Raises ValueError if another process prepares there.
+    """
+    from filelock import FileLock, Timeout
+
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{folder}: another `lattice prepare` is writing there") from error
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror or error}") from error
+    try:
+        journal = Journal(folder, settings)
+        yield journal
+        if (folder / MANIFEST).exists():
+            (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        lock.release()

@@ -1,0 +1,234 @@
+"""Recipes: TOML layers merged into one table, and that table checked into typed, frozen options.
+
+Layers, later over earlier: the toolkit's defaults, the files that `extends` names, the file itself, `--set`.
+Tables merge key by key; a table that names another `kind` starts afresh; arrays replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+
+from lattice import options, registry, toml_source
+from lattice.protocols import ROLES, TABLES
+from lattice.run_options import RunOptions
+from lattice.toml_source import Origin, Path_, Source
+
+DEFAULTS = Path(__file__).with_name("defaults.toml")
+TOP_LEVEL = ("run", *TABLES)
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, a line for each: place, key, value, what is allowed."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: one component for each role, or a dict of named ones."""
+
+    run: RunOptions
+    components: Mapping[str, Any]
+    origins: Mapping[Path_, Origin] = field(repr=False)
+    imports: tuple[str, ...] = ()
+    name: str = "recipe"
+
+    def component(self, role: str) -> Any:
+        """The component of a role that has one. Raises RecipeError where the recipe names none."""
+        if role not in self.components:
+            table = ROLES[role].table or role
+            raise RecipeError([f"{self.name}: the table [{table}] with a `kind` is missing"])
+        return self.components[role]
+
+    def named(self, role: str) -> dict[str, Any]:
+        """The members of a role that has several."""
+        return dict(self.components.get(role, {}))
+
+    def table(self) -> dict[str, Any]:
+        """The resolved recipe with every option, as plain TOML values."""
+        table: dict[str, Any] = {"imports": list(self.imports)} if self.imports else {}
+        table["run"] = options.to_table(self.run)
+        for name, role in TABLES.items():
+            value = self.components.get(role)
+            if isinstance(value, dict):
+                if value:
+                    table[name] = {member: options.to_table(one) for member, one in value.items()}
+            elif value is not None:
+                table[name] = options.to_table(value)
+        return table
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.table())
+
+    def origin(self, path: Path_) -> Origin:
+        """Where the value at `path` comes from: where it was written, or the default of its kind."""
+        return self.origins.get(path, Origin("default"))
+
+
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Iterable[str] = (),
+    *,
+    allow_imports: bool = True,
+) -> Recipe:
+    """Reads and checks a recipe.
+
+    `recipe` is a TOML file, a nested dict of the same form, or a Recipe, which is passed on; `overrides` are
+    `a.b=value` with TOML values (a bare word is a string). Raises RecipeError with all problems at once;
+    FileNotFoundError where the file does not exist.
+    """
+    if isinstance(recipe, Recipe):
+        if not list(overrides):
+            return recipe
+        recipe = recipe.table()
+    if isinstance(recipe, Mapping):
+        layers, base, name = [toml_source.plain(dict(recipe), "dict")], Path.cwd(), "recipe"
+        if "extends" in recipe:
+            layers = [*_parents(layers[0], base, ()), *layers]
+    else:
+        path = Path(recipe)
+        layers, base, name = _file_layers(path, ()), path.parent, path.stem
+    layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml"), *layers, *_overrides(overrides)]
+    imports = [spec for layer in layers for spec in layer.table.get("imports", [])]
+    if imports and not allow_imports:
+        raise RecipeError(
+            [f"this recipe imports code ({', '.join(imports)}): allow it with trust_imports, if you trust it"]
+        )
+    merged = reduce(_merge, [_without_layer_keys(layer) for layer in layers])
+    return _check(merged, _import(layers), name)
+
+
+def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
+    """The layers of a file: those it extends, then itself; `imports` made absolute."""
+    if not path.is_file():
+        asked = f" (extended by {children[-1]})" if children else ""
+        raise FileNotFoundError(f"recipe '{path}' does not exist{asked}")
+    if path.resolve() in [child.resolve() for child in children]:
+        raise RecipeError([f"{path}: extends itself, by way of {' -> '.join(map(str, children))}"])
+    try:
+        layer = toml_source.read(path, _shown(path))
+    except toml_source.TomlError as error:
+        raise RecipeError([str(error)]) from error
+    names = layer.table.get("imports", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError([f"{layer.origins[('imports',)]}: imports = {names!r}: must be a list of strings"])
+    resolved = [str((path.parent / name).resolve()) if name.endswith(".py") else name for name in names]
+    layer.table.update({"imports": resolved} if resolved else {})
+    return [*_parents(layer, path.parent, (*children, path)), layer]
+
+
+def _parents(layer: Source, base: Path, children: tuple[Path, ...]) -> list[Source]:
+    names = layer.table.get("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError([f"{layer.origins[('extends',)]}: extends = {names!r}: must be a list of file names"])
+    return [source for name in names for source in _file_layers(base / name, children)]
+
+
+def _shown(path: Path) -> str:
+    """Messages name a file as short as it can be named from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _overrides(overrides: Iterable[str]) -> list[Source]:
+    table: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        names = key.strip().split(".")
+        if not equals or not all(names):
+            raise RecipeError([f"--set {override}: must be of the form table.key=value"])
+        try:
+            value = tomli.loads(f"value = {text}")["value"]
+        except tomli.TOMLDecodeError:
+            value = text  # a bare word, as a shell user writes it
+        at = table
+        for name in names[:-1]:
+            at = at.setdefault(name, {})
+            if not isinstance(at, dict):
+                raise RecipeError([f"--set {override}: '{name}' is already set to {at!r}"])
+        at[names[-1]] = value
+    return [toml_source.plain(table, "--set")] if table else []
+
+
+def _without_layer_keys(layer: Source) -> Source:
+    layer_keys = ("extends", "imports")
+    return Source(
+        {key: value for key, value in layer.table.items() if key not in layer_keys},
+        {path: origin for path, origin in layer.origins.items() if path[0] not in layer_keys},
+    )
+
+
+def _merge(below: Source, above: Source) -> Source:
+    origins = dict(below.origins)
+
+    def merge(old: dict[str, Any], new: dict[str, Any], path: Path_) -> dict[str, Any]:
+        if "kind" in new and new["kind"] != old.get("kind"):
+            for known in [known for known in origins if known[: len(path)] == path and known != path]:
+                del origins[known]
+            old = {}
+        merged = dict(old)
+        for key, value in new.items():
+            both = isinstance(value, dict) and isinstance(old.get(key), dict)
+            if not both:
+                for known in [known for known in origins if known[: len(path) + 1] == (*path, key)]:
+                    del origins[known]
+            merged[key] = merge(old[key], value, (*path, key)) if both else value
+        return merged
+
+    table = merge(below.table, above.table, ())
+    return Source(table, origins | above.origins)
+
+
+def _import(layers: list[Source]) -> tuple[str, ...]:
+    names: list[str] = []
+    problems = []
+    for layer in layers:
+        for name in layer.table.get("imports", []):
+            try:
+                registry.import_user_code(name, Path.cwd())
+            except ImportError as error:
+                problems.append(f"{layer.origins[('imports',)]}: imports: {error}")
+            names += [] if name in names else [name]
+    if problems:
+        raise RecipeError(problems)
+    return tuple(names)
+
+
+def _check(source: Source, imports: tuple[str, ...], name: str) -> Recipe:
+    """All tables into options; raises RecipeError with every problem found."""
+    problems: list[str] = []
+    for key in source.table:
+        if key not in TOP_LEVEL:
+            hint = registry.nearest(key, (*TOP_LEVEL, "extends", "imports"))
+            place = source.origins.get((key,), Origin(name))
+            problems.append(f"{place}: unknown table '{key}'{hint} Known: {', '.join(TOP_LEVEL)}")
+    run = options.build(RunOptions, ("run",), source, problems)
+    components: dict[str, Any] = {}
+    for table, role in TABLES.items():
+        if table not in source.table:
+            continue
+        if not ROLES[role].named:
+            components[role] = options.component(role, (table,), source, problems)
+        elif isinstance(source.table[table], dict):
+            members = source.table[table]
+            components[role] = {
+                member: options.component(role, (table, member), source, problems) for member in members
+            }
+        else:
+            problems.append(f"{source.origins[(table,)]}: [{table}] must hold named tables, [{table}.name]")
+    if problems:
+        raise RecipeError(problems)
+    assert isinstance(run, RunOptions)
+    return Recipe(run=run, components=components, origins=source.origins, imports=imports, name=name)

@@ -1,0 +1,48 @@
+"""The `[run]` table: what belongs to the run and to no component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Length, batch and seed of a training run."""
+
+    seed: int = 0
+    """Of the initial weights, the data order and every draw."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_tokens: int = 8192
+    """Tokens of an optimizer step, over all ranks."""
+    sequence_tokens: int = 256
+    """Tokens of a sequence, before the recurrence adds slots."""
+    micro_batch: int | None = None
+    """Sequences a rank sends through the model at once; all of its share if not given. Gradients
+    accumulate to batch_tokens."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, …"""
+    log_every: int = 10
+    """Steps between lines on a terminal that is no TTY; metrics.jsonl holds every step."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "sequence_tokens", "log_every"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed}: must be at least 0")
+        if self.batch_tokens % self.sequence_tokens:
+            raise ValueError(
+                f"batch_tokens = {self.batch_tokens}: must be a multiple of "
+                f"sequence_tokens = {self.sequence_tokens}"
+            )
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.sequences % self.micro_batch):
+            raise ValueError(
+                f"micro_batch = {self.micro_batch}: must divide the {self.sequences} sequences of a batch "
+                f"(batch_tokens / sequence_tokens)"
+            )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of an optimizer step, over all ranks."""
+        return self.batch_tokens // self.sequence_tokens

@@ -1,0 +1,88 @@
+"""TOML files whose every leaf knows its line.
+
+tomli gives values without places. A statement is found by giving tomli one line more until what it has
+parses, so that its grammar, and not a second one here, decides where a value ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+Path_ = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written."""
+
+    place: str
+    """A file, `--set`, `dict` or `default of …`."""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.place if self.line is None else f"{self.place}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One layer of a recipe: a table and the origin of each of its keys, tables included."""
+
+    table: dict[str, Any]
+    origins: dict[Path_, Origin]
+
+
+class TomlError(ValueError):
+    """A file that is no TOML; the message names file and line."""
+
+
+def read(path: Path, shown: str) -> Source:
+    """Reads a file; `shown` is how messages name it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomli.loads(text)
+    except UnicodeDecodeError as error:
+        raise TomlError(f"{shown}: not UTF-8 at byte {error.start}") from error
+    except tomli.TOMLDecodeError as error:
+        line = getattr(error, "lineno", None)
+        raise TomlError(f"{shown}{f':{line}' if line else ''}: no valid TOML: {error}") from error
+    origins = {path_: Origin(shown, line) for path_, line in _lines(text).items()}
+    return Source(table, origins)
+
+
+def plain(table: dict[str, Any], place: str) -> Source:
+    """A table that was not read from a file."""
+    return Source(table, {path: Origin(place) for path in paths(table)})
+
+
+def paths(table: dict[str, Any], above: Path_ = ()) -> list[Path_]:
+    """Every key of a nested table, tables included, outermost first."""
+    found: list[Path_] = []
+    for key, value in table.items():
+        found.append((*above, key))
+        if isinstance(value, dict):
+            found += paths(value, (*above, key))
+    return found
+
+
+def _lines(text: str) -> dict[Path_, int]:
+    """The line on which each key of a valid document is written."""
+    lines, header, start, statement = {}, (), 0, ""
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        start = number if not statement.strip() else start
+        statement += line
+        try:
+            parsed = tomli.loads(statement)
+        except tomli.TOMLDecodeError:
+            continue  # the value goes on in the next line
+        is_header = statement.lstrip().startswith("[")
+        keys = paths(parsed)
+        if is_header and keys:
+            header = keys[-1]
+        for key in keys:
+            lines.setdefault(key if is_header else (*header, *key), start)
+        statement = ""
+    return lines
