@@ -8,10 +8,12 @@
 
 from lattice.assemble import build_model
 from lattice.generate import generate
+from lattice.load import codec_of, load
 from lattice.model import LanguageModel, Output
 from lattice.pretrained import from_pretrained, save_pretrained
 from lattice.recipe import Recipe, RecipeError, load_recipe
 from lattice.registry import register
+from lattice.train import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,9 +22,12 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "build_model",
+    "codec_of",
     "from_pretrained",
     "generate",
+    "load",
     "load_recipe",
     "register",
     "save_pretrained",
+    "train",
 ]

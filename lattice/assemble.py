@@ -17,7 +17,6 @@ import torch
 
 from lattice.model import LanguageModel
 from lattice.protocols import (
-    ActivationCheckpoint,
     Backbone,
     Checkpoint,
     Checkpointer,
@@ -26,13 +25,10 @@ from lattice.protocols import (
     DataRequest,
     EvaluationSubject,
     Evaluator,
-    Loss,
-    Mask,
     Metrics,
     Optimizer,
     Parallel,
     Precision,
-    Recurrence,
     Schedule,
     Source,
     Tokenizer,
@@ -73,23 +69,19 @@ def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str 
     The weights depend on `run.seed` alone. `device = "meta"` allocates nothing. Raises RecipeError.
     """
     recipe = load_recipe(recipe)
-    model = _bare_model(recipe, device)
-    if device != "meta":
-        # Drawn on the CPU, so that a seed means the same weights on every device.
-        generator = torch.Generator().manual_seed(recipe.run.seed)
-        model.decoder.initialize(model.recurrence.initialization(model.shape), generator)
-    return model
-
-
-def _bare_model(recipe: Recipe, device: str) -> LanguageModel:
-    with torch.device("cpu" if device not in ("cpu", "meta") else device):
-        return LanguageModel(
+    # Drawn on the CPU, so that a seed means the same weights on every device.
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
+        torch.manual_seed(recipe.run.seed)
+        model = LanguageModel(
             recipe.component("backbone"),
             recipe.component("recurrence"),
             recipe.component("mask"),
             recipe.component("loss"),
             recipe.component("activation_checkpoint"),
         )
+        if device != "meta":
+            model.decoder.initialize(model.recurrence.initialization(model.shape))
+    return model.to(device)
 
 
 def open_codec(recipe: Recipe, folder: Path | None) -> Codec:

@@ -60,17 +60,17 @@ class Decoder(nn.Module, ABC):
         """The linears whose output is added to the residual stream."""
 
     @torch.no_grad()
-    def initialize(self, scheme: Initialization, generator: torch.Generator | None = None) -> None:
-        """Draws every weight anew, in the order of the module tree."""
+    def initialize(self, scheme: Initialization) -> None:
+        """Draws every weight anew from the global generator, in the order of the module tree."""
         residual = {id(linear) for linear in self.residual_projections()}
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = scheme.residual_std if id(module) in residual else scheme.std
                 if scheme.truncate is None:
-                    module.weight.normal_(0.0, std, generator=generator)
+                    module.weight.normal_(0.0, std)
                 else:
                     cut = scheme.truncate * std
-                    nn.init.trunc_normal_(module.weight, 0.0, std, -cut, cut, generator=generator)
+                    nn.init.trunc_normal_(module.weight, 0.0, std, -cut, cut)
             elif (weight := getattr(module, "weight", None)) is not None:
                 weight.fill_(1.0)
             if (bias := getattr(module, "bias", None)) is not None:

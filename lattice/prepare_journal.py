@@ -118,6 +118,10 @@ class Journal:
                     )
 
     def _same(self, saved: dict[str, Any], what: str) -> None:
+        if not saved.get("sources"):
+            raise ValueError(
+                f"{self.folder} {what} that this command did not write: choose another directory"
+            )
         for name, value in self.settings.items():
             before = saved.get(name)
             if before != value:
@@ -182,3 +186,10 @@ def opened(folder: Path, settings: dict[str, Any]) -> Iterator[Journal]:
             (folder / LOCK).unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def unfinished_command(folder: Path) -> str | None:
+    """The command that finishes the preparation of `folder`; None if there is nothing unfinished."""
+    if not (folder / JOURNAL).is_file() or (folder / MANIFEST).is_file():
+        return None
+    return command(_load(folder / JOURNAL)["settings"], folder)

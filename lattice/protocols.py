@@ -226,7 +226,7 @@ class Tokenizer(Protocol):
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
-        """The component that `lattice prepare --tokenizer SPEC` names; None if the spec is not of this kind."""
+        """The component that `lattice prepare --tokenizer SPEC` names; None for a spec of another kind."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +297,10 @@ class Checkpointer(Protocol):
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
         """Starts saving. Raises OSError if an earlier save turns out to have failed."""
+        ...
+
+    def poll(self) -> None:
+        """Raises OSError if a save that was started has failed already; never waits."""
         ...
 
     def wait(self) -> None:

@@ -103,9 +103,7 @@ class SplitWriter:
     Methods raise CannotWrite with the file's name.
     """
 
-    def __init__(
-        self, folder: Path, split: str, codec: Codec, shards: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    def __init__(self, folder: Path, split: str, codec: Codec, shards: Sequence[dict[str, Any]] = ()) -> None:
         self.shards = list(shards)
         self.tokens = 0  # in the open shard
         self._folder = folder

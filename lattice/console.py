@@ -1,0 +1,73 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line as it is, whatever brackets it holds."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+class Training:
+    """Shows steps as they are done; a context manager around the loop."""
+
+    def __init__(self, first: int, steps: int, log_every: int) -> None:
+        self._first, self._steps, self._log_every = first, steps, log_every
+        self._validation = ""
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=first, shown="")
+
+    def __enter__(self) -> Training:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """`row` as in metrics.jsonl."""
+        shown = f"loss {row['loss']:.4f}{self._validation}  {row['tokens_per_second']:,.0f} tok/s"
+        self._progress.update(self._task, completed=row["step"], shown=shown)
+        done = row["step"]
+        if not console.is_terminal and (
+            done % self._log_every == 0 or done in (self._first + 1, self._steps)
+        ):
+            residuals = "".join(f" {value:.1e}" for value in row.get("residuals", []))
+            thinking = f"  residuals{residuals}" if residuals else ""
+            say(f"step {done}/{self._steps}  {shown}  lr {row['lr']:.2e}{thinking}")
+
+    def evaluation(self, name: str, step: int, values: dict[str, float | str]) -> None:
+        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+        if "loss" in numbers:
+            self._validation = f"  {name} {numbers['loss']:.4f}"
+        if numbers:
+            say(f"step {step}  {name}: " + "  ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table of plain text."""
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown, markup=False)

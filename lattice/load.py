@@ -1,0 +1,54 @@
+"""A trained model back from its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lattice.assemble import build_model, choose_device, open_codec
+from lattice.model import LanguageModel
+from lattice.protocols import Checkpoint, Codec
+from lattice.recipe import Recipe, load_recipe
+from lattice.run_folder import RECIPE, read_table
+from lattice.state import weights
+
+
+def load(path: str | Path, *, device: str = "cpu", trust_imports: bool = False) -> LanguageModel:
+    """The model of a run directory (its latest checkpoint) or of one checkpoint in it, ready to evaluate.
+
+    Nothing in the directory is executed; a recipe that imports a user's file is refused unless
+    `trust_imports`. Raises FileNotFoundError where there is no run or no checkpoint, ValueError where a
+    checkpoint is damaged or of another model.
+    """
+    folder, checkpoint = _locate(Path(path))
+    recipe = recipe_of(folder, trust_imports=trust_imports)
+    component: Checkpoint = recipe.component("checkpoint")
+    checkpointer = component.build(folder / "checkpoints")
+    checkpoint = checkpoint or checkpointer.latest()
+    if checkpoint is None:
+        raise FileNotFoundError(f"'{folder}' has no checkpoint yet")
+    model = build_model(recipe)
+    checkpointer.load(checkpoint, {"model": weights(model)})
+    return model.to(choose_device(device)).eval()
+
+
+def recipe_of(path: str | Path, *, trust_imports: bool = False) -> Recipe:
+    """The recipe that a run, or the run of a checkpoint, followed."""
+    folder, _ = _locate(Path(path))
+    return load_recipe(read_table(folder), allow_imports=trust_imports)
+
+
+def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:
+    """The tokenizer that a run saved."""
+    folder, _ = _locate(Path(path))
+    return open_codec(recipe_of(folder, trust_imports=trust_imports), folder / "tokenizer")
+
+
+def _locate(path: Path) -> tuple[Path, Path | None]:
+    """The run's directory, and the checkpoint if `path` is one."""
+    if (path / RECIPE).is_file():
+        return path, None
+    if (path.parent.parent / RECIPE).is_file() and path.is_dir():
+        return path.parent.parent, path
+    raise FileNotFoundError(
+        f"'{path}' is no run and no checkpoint of one: give the directory that `lattice run` wrote, with {RECIPE}"
+    )

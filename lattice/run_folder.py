@@ -1,0 +1,151 @@
+"""A run's directory: the recipe it follows, a line of metrics a step, and its summary.
+
+    recipe.toml       resolved, with the versions and the commit it ran with
+    metrics.jsonl     a line a step, and a line an evaluation
+    tensorboard/  checkpoints/  tokenizer/
+    summary.json      written at the end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import tomli
+import torch
+
+from lattice import atomic
+from lattice.recipe import Recipe, RecipeError
+
+RECIPE = "recipe.toml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+MAY_DIFFER = ("run.steps", "run.log_every", "run.device", "metrics", "evaluators", "checkpoint", "imports")
+"""What may change between the parts of an interrupted run without making it another run."""
+
+
+class RunExists(ValueError):
+    """The directory holds a run of another recipe."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the directory for one process; the lock goes with the process. Raises RunExists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunExists(f"another process is training in '{folder}': choose another with --out") from error
+        yield
+
+
+def open_run(folder: Path, recipe: Recipe) -> None:
+    """Writes the recipe, unless the directory holds a run of another one: then raises RunExists."""
+    check_same(folder, recipe)
+    atomic.write_file(folder / RECIPE, (provenance() + recipe.to_toml()).encode())
+
+
+def check_same(folder: Path, recipe: Recipe) -> None:
+    """Raises RunExists where the directory holds a run of another recipe."""
+    if not (folder / RECIPE).is_file():
+        return
+    different = _differences(read_table(folder), recipe.table())
+    if different:
+        raise RunExists(
+            f"'{folder}' holds a run of another recipe; what differs: {'; '.join(different)}. "
+            "Choose another directory with --out, or remove this one"
+        )
+
+
+def read_table(folder: Path) -> dict[str, Any]:
+    """The resolved recipe of a run, as a table. Raises FileNotFoundError, RecipeError."""
+    path = folder / RECIPE
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' holds no run: {RECIPE} is missing")
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except tomli.TOMLDecodeError as error:
+        raise RecipeError([f"{path}: no valid TOML: {error}"]) from error
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = _leaves(old), _leaves(new)
+    return [
+        f"{key}: {before.get(key, 'unset')!r} there, {after.get(key, 'unset')!r} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(MAY_DIFFER)
+    ]
+
+
+def _leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        leaves |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return leaves
+
+
+def provenance() -> str:
+    """Versions and commit, as TOML comments."""
+    names = ("lattice", "torch", "torchdata", "safetensors", "tokenizers", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    lines = [f"python {platform.python_version()}, {versions}"]
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        lines.append(f"commit {commit}")
+    except (OSError, subprocess.SubprocessError):
+        lines.append("commit unknown: installed without its repository")
+    return "".join(f"# {line}\n" for line in ["resolved by lattice", *lines]) + "\n"
+
+
+class MetricsFile:
+    """metrics.jsonl, one JSON object a line; lines of steps that a resumed run takes again are dropped."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        path = folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= first_step]
+        if kept != lines:
+            atomic.write_file(path, "".join(kept).encode())
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _step(line: str) -> int | None:
+    """The step of a line; None for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def training_losses(folder: Path) -> list[float]:
+    """The training loss of every step so far, in order."""
+    with (folder / METRICS).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

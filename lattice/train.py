@@ -1,0 +1,217 @@
+"""Training: one readable loop, side effects in a fixed order.
+
+A step: forward and backward over its micro-batches, check, clip, update, log, evaluate, save. Whatever a
+step does follows from the recipe, the weights before it and its number, so that a run which was
+interrupted and resumed computes the same as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lattice import atomic, preflight, run_folder, state
+from lattice.assemble import TrainingGraph, training_graph
+from lattice.console import Training, say
+from lattice.draws import Draw
+from lattice.interrupts import StopRequest
+from lattice.protocols import Batch, MetricWriter
+from lattice.recipe import Recipe, load_recipe
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or a gradient is no number; nothing was updated with it."""
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    overrides: list[str] | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Trains as the recipe says, or goes on where an interrupted run in `out` stopped.
+
+    `out` is the run's directory, `runs/<recipe name>` if not given. Returns the content of summary.json; a
+    run that was asked to stop (SIGINT, SIGTERM) returns `{"stopped_at": step, …}`. Raises RecipeError for
+    what is wrong with the recipe, ValueError and OSError for what goes wrong on the way, with the last
+    good checkpoint named.
+    """
+    recipe = load_recipe(recipe, overrides or [])
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    finished = _finished(folder, recipe)
+    if finished is not None:
+        return finished
+    preflight.check(recipe)
+    with run_folder.locked(folder):
+        run_folder.open_run(folder, recipe)
+        graph = training_graph(recipe, folder)
+        torch.manual_seed(recipe.run.seed)
+        resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
+        if resumed["step"]:
+            say(f"resuming '{folder}' after step {resumed['step']}")
+        return Loop(graph, resumed["step"], resumed["seconds"]).run()
+
+
+def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of a run that has already taken all its steps."""
+    path = folder / run_folder.SUMMARY
+    if not path.is_file():
+        return None
+    run_folder.check_same(folder, recipe)
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if summary["steps"] < recipe.run.steps:
+        return None
+    say(f"'{folder}' has taken all its {summary['steps']} steps; choose another directory with --out to train anew")
+    return summary
+
+
+class Loop:
+    """One part of a run, from a checkpoint or the start to the end or an interruption."""
+
+    def __init__(self, graph: TrainingGraph, first: int, seconds_before: float) -> None:
+        self.graph = graph
+        self.run_options = graph.recipe.run
+        self.first = first
+        self.started = time.perf_counter() - seconds_before
+        self.results: dict[str, dict[str, float | str]] = {}
+
+    def run(self) -> dict[str, Any]:
+        graph, options = self.graph, self.run_options
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            stack.callback(graph.checkpointer.wait)
+            self._open_logs(stack)
+            shown = stack.enter_context(Training(self.first, options.steps, options.log_every))
+            steps = graph.source.steps(self.first)
+            graph.model.train()
+            for done in range(self.first + 1, options.steps + 1):
+                row = self._step(done, next(steps))
+                self._log(row)
+                shown.step(row)
+                self._evaluate(done, shown)
+                if done % graph.checkpoint_every == 0 or done == options.steps or stop.received:
+                    self._save(done)
+                graph.checkpointer.poll()
+                if stop.received and done < options.steps:
+                    return self._stopped(done, stop.received)
+            if self.first == options.steps:
+                self._evaluate(options.steps, shown)
+        return self._summary()
+
+    def _step(self, done: int, batches: list[Batch]) -> dict[str, Any]:
+        """Takes step number `done` (from 1) and returns its line of metrics."""
+        graph, start = self.graph, time.perf_counter()
+        lr = graph.peak_lr * graph.schedule.factor(done - 1, self.run_options.steps)
+        for group in graph.optimizer.param_groups:
+            group["lr"] = lr
+        loss, telemetry = self._forward_backward(batches, Draw(self.run_options.seed, done - 1))
+        limit = math.inf if graph.grad_clip is None else graph.grad_clip
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(graph.model.parameters(), limit))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise self._non_finite(done, loss, grad_norm, batches)
+        graph.optimizer.step()
+        graph.optimizer.zero_grad()
+        tokens = self.run_options.batch_tokens
+        return {
+            "step": done,
+            "tokens": done * tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens / (time.perf_counter() - start),
+            **telemetry,
+        }
+
+    def _forward_backward(self, batches: list[Batch], draw: Draw) -> tuple[float, dict[str, Any]]:
+        """Mean loss over the targets of all micro-batches, and the mean of their telemetry."""
+        graph, device = self.graph, self.graph.device
+        count = sum(int((batch.targets_BL != -100).sum()) for batch in batches)
+        losses, telemetry = [], []
+        for batch in batches:
+            documents = None if batch.documents_BL is None else batch.documents_BL.to(device)
+            with graph.autocast():
+                output = graph.model(
+                    batch.ids_BL.to(device), documents=documents, targets=batch.targets_BL.to(device), draw=draw
+                )
+            loss = output.loss_sum / count
+            loss.backward()
+            losses.append(loss.detach())
+            telemetry.append(output.telemetry)
+        names = telemetry[0]
+        means = {name: torch.stack([one[name] for one in telemetry]).mean(0).tolist() for name in names}
+        return float(torch.stack(losses).sum()), means
+
+    def _non_finite(self, done: int, loss: float, grad_norm: float, batches: list[Batch]) -> NonFiniteLoss:
+        self.graph.checkpointer.wait()
+        good = self.graph.checkpointer.latest()
+        last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        where = "; ".join(batch.identity for batch in batches)
+        return NonFiniteLoss(
+            f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite; the weights were not updated. "
+            f"The batch: {where}. {last[0].upper()}{last[1:]}"
+        )
+
+    def _evaluate(self, done: int, shown: Training) -> None:
+        graph, last = self.graph, done == self.run_options.steps
+        due = [
+            name for name, one in graph.evaluators.items() if last or (one.every and done % one.every == 0)
+        ]
+        for name in due:
+            graph.model.eval()
+            self.results[name] = graph.evaluators[name].evaluate(graph.subject())
+            graph.model.train()
+            values = {f"{name}/{key}": value for key, value in self.results[name].items()}
+            self._log({"step": done, "tokens": done * self.run_options.batch_tokens, **values})
+            shown.evaluation(name, done, self.results[name])
+
+    def _save(self, done: int) -> None:
+        facts = state.facts(self.graph, done, time.perf_counter() - self.started)
+        self.graph.checkpointer.save(done, state.tensors(self.graph), facts)
+
+    def _open_logs(self, stack: ExitStack) -> None:
+        folder = self.graph.folder
+        self._file = run_folder.MetricsFile(folder, self.first)
+        stack.callback(self._file.close)
+        self._writers: list[MetricWriter] = []
+        for metrics in self.graph.metrics.values():
+            self._writers.append(metrics.build(folder, self.first + 1))
+            stack.callback(self._writers[-1].close)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self._file.log(row)
+        for writer in self._writers:
+            writer.log(row["step"], {key: value for key, value in row.items() if key != "step"})
+
+    def _stopped(self, done: int, signal: str) -> dict[str, Any]:
+        self.graph.checkpointer.wait()
+        say(f"{signal}: stopped after step {done} and saved; the same command goes on from there")
+        return {"stopped_at": done, "folder": str(self.graph.folder)}
+
+    def _summary(self) -> dict[str, Any]:
+        """Written once everything before it is on disk: its presence says that the run is complete."""
+        graph, options = self.graph, self.run_options
+        seconds = time.perf_counter() - self.started
+        losses = run_folder.training_losses(graph.folder)
+        tokens = options.steps * options.batch_tokens
+        summary: dict[str, Any] = {
+            "steps": options.steps,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_mib": run_folder.peak_memory_mib(graph.device),
+            "parameters": sum(parameter.numel() for parameter in graph.model.parameters()),
+        }
+        for name, values in self.results.items():
+            summary |= {f"{name}_{key}": value for key, value in values.items()}
+        content = json.dumps(summary, indent=2) + "\n"
+        atomic.write_file(graph.folder / run_folder.SUMMARY, content.encode())
+        return summary
