@@ -1,9 +1,9 @@
 """lattice: pretraining language models that think before every token.
 
-    import lattice
+import lattice
 
-    model = lattice.build_model({"backbone": {"kind": "gpt_neox"}, "recurrence": {"kind": "latent_thoughts"}})
-    logits = model(input_ids).logits
+model = lattice.build_model({"backbone": {"kind": "gpt_neox"}, "recurrence": {"kind": "latent_thoughts"}})
+logits = model(input_ids).logits
 """
 
 from lattice.assemble import build_model

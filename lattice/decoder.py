@@ -77,9 +77,7 @@ class Decoder(nn.Module, ABC):
                 bias.zero_()
 
 
-def rotary_tables(
-    position_BS: Tensor, dimensions: int, theta: float, dtype: torch.dtype
-) -> Rotary:
+def rotary_tables(position_BS: Tensor, dimensions: int, theta: float, dtype: torch.dtype) -> Rotary:
     """RoPE angles in the half-split layout of GPT-NeoX and Llama (Su et al., arXiv 2104.09864).
 
     Computed in float32 at least: bf16 cannot tell positions beyond 256 apart.

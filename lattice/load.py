@@ -50,5 +50,6 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if (path.parent.parent / RECIPE).is_file() and path.is_dir():
         return path.parent.parent, path
     raise FileNotFoundError(
-        f"'{path}' is no run and no checkpoint of one: give the directory that `lattice run` wrote, with {RECIPE}"
+        f"'{path}' is no run and no checkpoint of one: give the directory that `lattice run` wrote, "
+        f"which holds {RECIPE}"
     )

@@ -23,34 +23,64 @@ def component(role: str, path: Path_, source: Source, problems: list[str]) -> An
     if "kind" not in table:
         problems.append(f"{place}: [{shown}] has no `kind`; known: {', '.join(registry.kinds(role))}")
         return None
+    at_kind = source.origins.get((*path, "kind"), place)
+    if not isinstance(table["kind"], str):
+        known = ", ".join(registry.kinds(role))
+        problems.append(
+            f"{at_kind}: {shown}.kind = {_toml(table['kind'])}: must be a string; known: {known}"
+        )
+        return None
     try:
         cls = registry.lookup(role, table["kind"])
     except registry.UnknownName as error:
-        problems.append(f"{source.origins.get((*path, 'kind'), place)}: {shown}.kind: {error}")
+        problems.append(f"{at_kind}: {shown}.kind: {error}")
         return None
     return build(cls, path, source, problems)
 
 
 def build(cls: type, path: Path_, source: Source, problems: list[str]) -> Any:
     """An instance of a frozen dataclass from the table at `path`; None where there were problems."""
-    table = {key: value for key, value in _at(source.table, path).items() if key != "kind"}
+    table = dict(_at(source.table, path))
+    if hasattr(cls, "kind"):
+        table.pop("kind", None)
     # JSON is strict where TOML is (no number from a string) and lenient where TOML is (an array is a tuple).
     if "__pydantic_config__" not in cls.__dict__:
         cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(table))
-    except TypeError as error:  # a TOML date or time
-        problems.append(f"{source.origins.get(path, '.'.join(path))}: {error}")
+        return TypeAdapter(cls).validate_json(json.dumps(table, default=_refuse))
+    except _NoOption as error:
+        for key, value in table.items():
+            if _holds(value, error.value):
+                place = source.origins.get((*path, key)) or source.origins.get(path) or ".".join(path)
+                problems.append(f"{place}: {'.'.join((*path, key))} = {_toml(value)}: {error}")
     except ValidationError as error:
         found = [_problem(cls, path, source, dict(one)) for one in error.errors(include_url=False)]
         problems += list(dict.fromkeys(found))
     return None
 
 
+class _NoOption(TypeError):
+    """A value that no option takes, such as a TOML date."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        super().__init__(f"must not hold a {type(value).__name__}")
+
+
+def _refuse(value: Any) -> Any:
+    raise _NoOption(value)
+
+
+def _holds(value: Any, part: Any) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is part or any(_holds(one, part) for one in inside)
+
+
 def to_table(component: Any) -> dict[str, Any]:
     """`kind` and every option that is not None, as plain TOML values."""
     values = {"kind": component.kind} if hasattr(component, "kind") else {}
-    return values | _plain(dataclasses.asdict(component))
+    options: dict[str, Any] = _plain(dataclasses.asdict(component))
+    return values | options
 
 
 def _plain(value: Any) -> Any:
@@ -82,8 +112,10 @@ def _problem(cls: type, path: Path_, source: Source, error: dict[str, Any]) -> s
     start = f"{place}: {'.'.join(whole)}" if place else ".".join(whole)
     if error["type"] == "unexpected_keyword_argument":
         known = _fields(cls, keys[:-1])
-        return f"{start}: unknown option{registry.nearest(keys[-1], known)} Known: {', '.join(known) or 'none'}"
-    if error["type"] == "missing_argument" or error["type"] == "missing":
+        return (
+            f"{start}: unknown option{registry.nearest(keys[-1], known)} Known: {', '.join(known) or 'none'}"
+        )
+    if error["type"] in ("missing_argument", "missing") and not isinstance(error["loc"][-1], int):
         return f"{start}: missing"
     value = _at_value(source.table, whole)
     return f"{start}{'' if value is None else f' = {_toml(value)}'}: {message[:1].lower()}{message[1:]}"
@@ -109,7 +141,7 @@ def _at_value(table: dict[str, Any], path: Path_) -> Any:
 
 
 def _toml(value: Any) -> str:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else json.dumps(value)
+    return json.dumps(value, default=str)
 
 
 def _fields(cls: type, keys: Path_) -> list[str]:

@@ -24,7 +24,8 @@ def _shapes(recipe: Recipe) -> list[str]:
         return []
     place = recipe.origin(("run", "sequence_tokens"))
     return [
-        f"{place}: run.sequence_tokens = {length}: must be at most backbone.max_position_embeddings = {context}"
+        f"{place}: run.sequence_tokens = {length}: must be at most "
+        f"backbone.max_position_embeddings = {context}"
     ]
 
 
@@ -61,5 +62,3 @@ def _memory(recipe: Recipe) -> list[str]:
         f"{present / 2**30:.1f} GiB free. Lower run.micro_batch or the backbone's sizes with --set, or use a "
         "larger machine"
     ]
-
-

@@ -48,13 +48,18 @@ class Journal:
             before = {**self.finished.get("settings", {}), "files": self.finished.get("sources")}
             self._same(before, "is already prepared")
         elif (folder / JOURNAL).exists():
-            self._resume(_load(folder / JOURNAL))
+            try:
+                self._resume(_load(folder / JOURNAL))
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{folder / JOURNAL} is damaged: delete '{folder}' and start again"
+                ) from error
         else:
             others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and PARTIAL not in p.name)
             if others:
                 raise ValueError(f"{folder} is not empty ({', '.join(others[:5])}): choose a new directory")
             self._save()
-        for partial in folder.glob(f"*{PARTIAL}"):
+        for partial in folder.glob(f"**/*{PARTIAL}"):
             partial.unlink()
 
     def begin(self, codec: Codec) -> None:
@@ -119,9 +124,7 @@ class Journal:
 
     def _same(self, saved: dict[str, Any], what: str) -> None:
         if not saved.get("sources"):
-            raise ValueError(
-                f"{self.folder} {what} that this command did not write: choose another directory"
-            )
+            raise ValueError(f"{self.folder} {what} of another origin: choose another directory")
         for name, value in self.settings.items():
             before = saved.get(name)
             if before != value:
@@ -192,4 +195,7 @@ def unfinished_command(folder: Path) -> str | None:
     """The command that finishes the preparation of `folder`; None if there is nothing unfinished."""
     if not (folder / JOURNAL).is_file() or (folder / MANIFEST).is_file():
         return None
-    return command(_load(folder / JOURNAL)["settings"], folder)
+    try:
+        return command(_load(folder / JOURNAL)["settings"], folder)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / JOURNAL} is damaged: delete '{folder}' and prepare again") from error

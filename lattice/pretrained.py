@@ -28,7 +28,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def from_pretrained(
-    folder: str | Path, recurrence: Mapping[str, Any] | None = None, *, overrides: Mapping[str, Any] | None = None
+    folder: str | Path,
+    recurrence: Mapping[str, Any] | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """A model of ours with the weights of a Hugging Face directory.
 
@@ -43,7 +46,10 @@ def from_pretrained(
     weights = read_weights(folder)
     _fit(model, weights, folder)
     model.decoder.load_state_dict(weights, assign=True, strict=False)
-    if model.decoder.embedding.weight.device.type == "meta" or model.decoder.head.weight.device.type == "meta":
+    if (
+        model.decoder.embedding.weight.device.type == "meta"
+        or model.decoder.head.weight.device.type == "meta"
+    ):
         model.decoder.head.weight = model.decoder.embedding.weight
     return model.requires_grad_(True)
 
@@ -91,7 +97,9 @@ def _fit(model: LanguageModel, weights: dict[str, Tensor], folder: Path) -> None
     """Raises ValueError where names or shapes differ; drops buffers that older checkpoints carry."""
     expected = model.decoder.state_dict()
     parameters = dict(model.decoder.named_parameters())  # a tied head is listed once
-    for name in [name for name in weights if name.endswith(("rotary_emb.inv_freq", ".attention.bias", ".masked_bias"))]:
+    for name in [
+        name for name in weights if name.endswith(("rotary_emb.inv_freq", ".attention.bias", ".masked_bias"))
+    ]:
         del weights[name]
     problems = [f"{name} is missing" for name in parameters if name not in weights]
     problems += [f"{name} has no place in this architecture" for name in weights if name not in expected]

@@ -239,6 +239,10 @@ class Batch:
     identity: str = ""
     """Where it came from, for messages: epoch and sequence numbers."""
 
+    def to(self, device: torch.device) -> Batch:
+        documents_BL = None if self.documents_BL is None else self.documents_BL.to(device)
+        return Batch(self.ids_BL.to(device), self.targets_BL.to(device), documents_BL, self.identity)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataRequest:

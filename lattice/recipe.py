@@ -130,7 +130,9 @@ def _parents(layer: Source, base: Path, children: tuple[Path, ...]) -> list[Sour
     names = layer.table.get("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecipeError([f"{layer.origins[('extends',)]}: extends = {names!r}: must be a list of file names"])
+        raise RecipeError(
+            [f"{layer.origins[('extends',)]}: extends = {names!r}: must be a list of file names"]
+        )
     return [source for name in names for source in _file_layers(base / name, children)]
 
 

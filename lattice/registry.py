@@ -49,7 +49,9 @@ def register(role: str, kind: str) -> Callable[[C], C]:
         _conforms(cls, role)
         taken = _kinds[role].get(kind)
         if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"kind '{kind}' of role '{role}' is already {taken.__module__}.{taken.__qualname__}")
+            raise ValueError(
+                f"kind '{kind}' of role '{role}' is already {taken.__module__}.{taken.__qualname__}"
+            )
         _kinds[role][kind] = cls
         cls.kind = kind  # type: ignore[attr-defined]
         return cls
@@ -60,8 +62,11 @@ def register(role: str, kind: str) -> Callable[[C], C]:
 def _conforms(cls: type, role: str) -> None:
     """A method that is missing or misnamed is reported when the file is imported, not deep in a run."""
     name, protocol = cls.__qualname__, ROLES[role].protocol
-    if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):
-        raise TypeError(f"{name} must be decorated with @dataclass(frozen=True, kw_only=True) below @register")
+    params = vars(cls).get("__dataclass_params__")  # its own: a subclass is no dataclass by inheritance
+    if params is None or not params.frozen:
+        raise TypeError(
+            f"{name} must be decorated with @dataclass(frozen=True, kw_only=True) below @register"
+        )
     if any(not option.kw_only for option in dataclasses.fields(cls) if option.init):
         raise TypeError(f"{name} must be a keyword-only dataclass: @dataclass(frozen=True, kw_only=True)")
     problems = []
@@ -80,7 +85,9 @@ def _conforms(cls: type, role: str) -> None:
         if attribute not in names and not hasattr(cls, attribute):
             problems.append(f"the option '{attribute}' is missing")
     if problems:
-        raise TypeError(f"{name} is no {role}: {'; '.join(problems)} (see lattice.protocols.{protocol.__name__})")
+        raise TypeError(
+            f"{name} is no {role}: {'; '.join(problems)} (see lattice.protocols.{protocol.__name__})"
+        )
 
 
 def _arguments(function: Callable[..., Any]) -> list[str]:
@@ -131,7 +138,8 @@ def _import_file(path: Path) -> None:
     if module_name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

@@ -19,7 +19,11 @@ from lattice.toml_source import Path_
 
 def show_summary(summary: dict[str, Any], folder: Path) -> None:
     """The end of a run: figures, texts, where it lies and what to try next."""
-    rows = [[name.replace("_", " "), _number(value)] for name, value in summary.items() if not isinstance(value, str)]
+    rows = [
+        [name.replace("_", " "), _number(value)]
+        for name, value in summary.items()
+        if not isinstance(value, str)
+    ]
     table(f"{folder}", ["", "value"], rows)
     for name, text in summary.items():
         if isinstance(text, str):

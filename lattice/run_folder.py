@@ -1,9 +1,9 @@
 """A run's directory: the recipe it follows, a line of metrics a step, and its summary.
 
-    recipe.toml       resolved, with the versions and the commit it ran with
-    metrics.jsonl     a line a step, and a line an evaluation
-    tensorboard/  checkpoints/  tokenizer/
-    summary.json      written at the end
+recipe.toml       resolved, with the versions and the commit it ran with
+metrics.jsonl     a line a step, and a line an evaluation
+tensorboard/  checkpoints/  tokenizer/
+summary.json      written at the end
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunExists(f"another process is training in '{folder}': choose another with --out") from error
+            raise RunExists(
+                f"another process is training in '{folder}': choose another with --out"
+            ) from error
         yield
 
 

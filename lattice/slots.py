@@ -96,7 +96,7 @@ class Slots:
 
         def join(ours: Tensor | None, theirs: Tensor | None) -> Any:
             if ours is None or theirs is None:
-                assert ours is None and theirs is None, "a cache cannot mix padded with unpadded tokens"
+                assert ours is theirs, "a cache cannot mix padded with unpadded tokens"
                 return None
             rows = max(ours.shape[0], theirs.shape[0])
             return torch.cat([ours.expand(rows, -1), theirs.expand(rows, -1)], dim=1)

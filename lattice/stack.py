@@ -64,7 +64,7 @@ class Stack:
         The stages given are first_stage .. first_stage + n - 1. With a `cache` the slots also attend to
         what it holds, and their own keys and values are added to it.
         """
-        stages = slots_BLnD.shape[2]
+        batch, length, stages, size = slots_BLnD.shape
         slots, mask = self._layout(stages, first_stage, cache)
         rotary = self._rotary_for(stages, first_stage, slots, slots_BLnD)
         blocks = self._decoder.blocks[start:stop]
@@ -77,7 +77,7 @@ class Stack:
             return self._final_norm(hidden_BSD) if norm else hidden_BSD
 
         call = self._checkpointing.whole_pass(whole_pass) if cache is None else whole_pass
-        return call(slots_BLnD.flatten(1, 2)).unflatten(1, slots_BLnD.shape[1:3])
+        return call(slots_BLnD.flatten(1, 2)).view(batch, length, stages, size)
 
     def _final_norm(self, hidden_BSD: Tensor) -> Tensor:
         normed: Tensor = self._decoder.final_norm(hidden_BSD)
@@ -111,4 +111,3 @@ class Stack:
             dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
             self._rotary[key] = self._decoder.rotary(slots.position_BS, dtype)
         return self._rotary[key]
-

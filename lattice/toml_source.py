@@ -70,10 +70,12 @@ def paths(table: dict[str, Any], above: Path_ = ()) -> list[Path_]:
 
 def _lines(text: str) -> dict[Path_, int]:
     """The line on which each key of a valid document is written."""
-    lines, header, start, statement = {}, (), 0, ""
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+    lines: dict[Path_, int] = {}
+    header: Path_ = ()
+    start, statement = 0, ""
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines knows more line ends than TOML
         start = number if not statement.strip() else start
-        statement += line
+        statement += line + "\n"
         try:
             parsed = tomli.loads(statement)
         except tomli.TOMLDecodeError:

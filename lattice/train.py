@@ -68,7 +68,7 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if summary["steps"] < recipe.run.steps:
         return None
-    say(f"'{folder}' has taken all its {summary['steps']} steps; choose another directory with --out to train anew")
+    say(f"'{folder}' has taken all its {summary['steps']} steps; to train anew choose another one with --out")
     return summary
 
 
@@ -135,10 +135,10 @@ class Loop:
         count = sum(int((batch.targets_BL != -100).sum()) for batch in batches)
         losses, telemetry = [], []
         for batch in batches:
-            documents = None if batch.documents_BL is None else batch.documents_BL.to(device)
+            batch = batch.to(device)
             with graph.autocast():
                 output = graph.model(
-                    batch.ids_BL.to(device), documents=documents, targets=batch.targets_BL.to(device), draw=draw
+                    batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL, draw=draw
                 )
             loss = output.loss_sum / count
             loss.backward()
