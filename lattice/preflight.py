@@ -6,13 +6,15 @@ import psutil
 import torch
 
 from lattice.assemble import build_model, choose_device
-from lattice.protocols import Backbone, Recurrence
+from lattice.protocols import Backbone, Data, Recurrence, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 
 
 def check(recipe: Recipe) -> None:
     """Raises RecipeError with everything that keeps this recipe from training here."""
-    problems = [*_shapes(recipe), *recipe.component("data").problems(), *_memory(recipe)]
+    tokenizer: Tokenizer = recipe.component("tokenizer")
+    data: Data = recipe.component("data")
+    problems = [*_shapes(recipe), *data.problems(tokenizer.spec), *_memory(recipe)]
     if problems:
         raise RecipeError(problems)
 

@@ -223,6 +223,11 @@ class Tokenizer(Protocol):
         to `folder`. A kind that is trained trains on `corpus`. Raises FileNotFoundError or ValueError
         that says what is missing and how to provide it."""
 
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """What `lattice prepare --tokenizer` takes to make data for this tokenizer."""
+
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
@@ -274,7 +279,8 @@ class Source(Protocol):
         ...
 
     def validation(self, max_tokens: int) -> Iterator[Batch]:
-        """Held-out text in its own order, this rank's share, at most `max_tokens` over all ranks."""
+        """Windows spread evenly over the held-out text, this rank's share, at most `max_tokens` over all
+        ranks. Every rank gets the same number of batches of the same shape."""
         ...
 
     def position(self, step: int) -> dict[str, Any]:
@@ -284,9 +290,9 @@ class Source(Protocol):
 
 class Data(Protocol):
     @abstractmethod
-    def problems(self) -> list[str]:
+    def problems(self, tokenizer: str) -> list[str]:
         """What keeps this component from being opened, found without reading the data; each a sentence
-        that says how to provide what is missing."""
+        that says how to provide what is missing. `tokenizer` is the spec of the recipe's."""
 
     @abstractmethod
     def corpus(self) -> Callable[[], Iterator[str]] | None:

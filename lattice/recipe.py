@@ -98,7 +98,7 @@ def load_recipe(
         path = Path(recipe)
         layers, base, name = _file_layers(path, ()), path.parent, path.stem
     layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml"), *layers, *_overrides(overrides)]
-    imports = [spec for layer in layers for spec in layer.table.get("imports", [])]
+    imports = [spec for layer in layers for spec in _imports(layer)]
     if imports and not allow_imports:
         raise RecipeError(
             [f"this recipe imports code ({', '.join(imports)}): allow it with trust_imports, if you trust it"]
@@ -118,12 +118,17 @@ def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
         layer = toml_source.read(path, _shown(path))
     except toml_source.TomlError as error:
         raise RecipeError([str(error)]) from error
-    names = layer.table.get("imports", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecipeError([f"{layer.origins[('imports',)]}: imports = {names!r}: must be a list of strings"])
+    names = _imports(layer)
     resolved = [str((path.parent / name).resolve()) if name.endswith(".py") else name for name in names]
     layer.table.update({"imports": resolved} if resolved else {})
     return [*_parents(layer, path.parent, (*children, path)), layer]
+
+
+def _imports(layer: Source) -> list[str]:
+    names = layer.table.get("imports", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError([f"{layer.origins[('imports',)]}: imports = {names!r}: must be a list of strings"])
+    return names
 
 
 def _parents(layer: Source, base: Path, children: tuple[Path, ...]) -> list[Source]:
@@ -151,6 +156,8 @@ def _overrides(overrides: Iterable[str]) -> list[Source]:
         names = key.strip().split(".")
         if not equals or not all(names):
             raise RecipeError([f"--set {override}: must be of the form table.key=value"])
+        if names == ["extends"]:
+            raise RecipeError([f"--set {override}: only a recipe's file can extend others"])
         try:
             value = tomli.loads(f"value = {text}")["value"]
         except tomli.TOMLDecodeError:
@@ -176,7 +183,7 @@ def _merge(below: Source, above: Source) -> Source:
     origins = dict(below.origins)
 
     def merge(old: dict[str, Any], new: dict[str, Any], path: Path_) -> dict[str, Any]:
-        if "kind" in new and new["kind"] != old.get("kind"):
+        if path and "kind" in new and new["kind"] != old.get("kind"):
             for known in [known for known in origins if known[: len(path)] == path and known != path]:
                 del origins[known]
             old = {}
@@ -197,7 +204,7 @@ def _import(layers: list[Source]) -> tuple[str, ...]:
     names: list[str] = []
     problems = []
     for layer in layers:
-        for name in layer.table.get("imports", []):
+        for name in _imports(layer):
             try:
                 registry.import_user_code(name, Path.cwd())
             except ImportError as error:
@@ -216,7 +223,11 @@ def _check(source: Source, imports: tuple[str, ...], name: str) -> Recipe:
             hint = registry.nearest(key, (*TOP_LEVEL, "extends", "imports"))
             place = source.origins.get((key,), Origin(name))
             problems.append(f"{place}: unknown table '{key}'{hint} Known: {', '.join(TOP_LEVEL)}")
-    run = options.build(RunOptions, ("run",), source, problems)
+    run = None
+    if isinstance(source.table["run"], dict):
+        run = options.build(RunOptions, ("run",), source, problems)
+    else:
+        problems.append(f"{source.origins[('run',)]}: [run] must be a table, not {source.table['run']!r}")
     components: dict[str, Any] = {}
     for table, role in TABLES.items():
         if table not in source.table:

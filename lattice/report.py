@@ -65,9 +65,10 @@ def stream_text(
     """Writes the prompt and its continuation to stdout as it is decoded, up to the end of the document."""
     ids = codec.encode_batch([prompt])[0]
     device = next(model.parameters()).device
+    following = stream(model, torch.tensor([ids], device=device), max_new_tokens, sampling=sampling)
     shown = codec.decode(ids)
     sys.stdout.write(shown)
-    for next_id in stream(model, torch.tensor([ids], device=device), max_new_tokens, sampling=sampling):
+    for next_id in following:
         if int(next_id) == codec.eos_id:
             break
         ids.append(int(next_id))

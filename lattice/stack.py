@@ -107,7 +107,7 @@ class Stack:
         key = (stages, first_stage)
         if key not in self._rotary:
             device = like.device.type
-            autocast = torch.is_autocast_enabled(device)
+            autocast = device != "meta" and torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
             self._rotary[key] = self._decoder.rotary(slots.position_BS, dtype)
         return self._rotary[key]

@@ -38,4 +38,6 @@ def warn_of_dropout(config: dict[str, Any], names: tuple[str, ...]) -> None:
     """Dropout is not implemented: it changes training, not the function a checkpoint computes."""
     for name in names:
         if config.get(name):
-            warnings.warn(f"config.json: {name} = {config[name]} is not applied: there is no dropout here", stacklevel=3)
+            warnings.warn(
+                f"config.json: {name} = {config[name]} is not applied: there is no dropout here", stacklevel=3
+            )

@@ -6,6 +6,7 @@ Shapes: B batch, S slots, D hidden, H heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from lattice.protocols import Backbone, Shape
 from lattice.registry import register
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -114,12 +115,11 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(size, 3 * size, bias=options.attention_bias)
         self.dense = nn.Linear(size, size, bias=options.attention_bias)
 
-    def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
         # The fused projection is head-major: (H, [query, key, value], E).
-        qkv_BHS3E = self.query_key_value(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        query_BHSE, key_BHSE, value_BHSE = qkv_BHS3E.chunk(3, dim=-1)
+        qkv_BSD: Tensor = self.query_key_value(x_BSD)
+        qkv_BHS3E = qkv_BSD.view(*qkv_BSD.shape[:2], self.heads, -1).transpose(1, 2)
+        query_BHSE, key_BHSE, value_BHSE = torch.chunk(qkv_BHS3E, 3, dim=-1)
         out: Tensor = self.dense(attend(query_BHSE, key_BHSE, value_BHSE, rotary, mask, cache))
         return out
 
@@ -145,15 +145,13 @@ class Layer(nn.Module):
         self.attention = Attention(options)
         self.mlp = MLP(options)
 
-    def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
         attended: Tensor = self.attention(self.input_layernorm(x_BSD), rotary, mask, cache)
         if self.parallel:
             out: Tensor = self.mlp(self.post_attention_layernorm(x_BSD)) + attended + x_BSD
-            return out
-        x_BSD = attended + x_BSD
-        out = self.mlp(self.post_attention_layernorm(x_BSD)) + x_BSD
+        else:
+            x_BSD = attended + x_BSD
+            out = self.mlp(self.post_attention_layernorm(x_BSD)) + x_BSD
         return out
 
 

@@ -103,11 +103,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, size, bias=bias)
 
-    def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
         def heads(projected_BSD: Tensor) -> Tensor:
-            return projected_BSD.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            return projected_BSD.view(*projected_BSD.shape[:2], -1, self.head_size).transpose(1, 2)
 
         query_BHSE, key_BGSE = heads(self.q_proj(x_BSD)), heads(self.k_proj(x_BSD))
         value_BGSE = heads(self.v_proj(x_BSD))
@@ -136,9 +134,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(options.hidden_size, eps=options.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(options.hidden_size, eps=options.rms_norm_eps)
 
-    def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, cache)
         out: Tensor = x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
         return out

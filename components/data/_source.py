@@ -144,7 +144,7 @@ class PackedSource(Source):
         block = request.world_size * request.micro_batch
         for base in range(0, windows, block):
             mine = range(base + request.rank * request.micro_batch, base + block)[: request.micro_batch]
-            yield self._validation_batch(mine, targets)
+            yield self._validation_batch(mine, windows, targets)
 
     def position(self, step: int) -> dict[str, Any]:
         """The step's first sequence. All but "step", "epoch" and "sequence" is constant over a run."""
@@ -161,7 +161,10 @@ class PackedSource(Source):
             "tokenizer": request.codec.fingerprint,
         }
 
-    def _validation_batch(self, windows: range, targets: int) -> Batch:
+    def _validation_batch(self, windows: range, among: int, targets: int) -> Batch:
+        """`windows` of the `among` that are read in all, `targets` targets, spread over the held-out text:
+        its start alone would be a few documents."""
+        available = -(-(self._validation.tokens - 1) // self._request.sequence_tokens)
         length, stream = self._request.sequence_tokens, self._validation.stream
         shape = (len(windows), length)
         ids = np.full(shape, self._request.codec.eos_id, dtype=np.int64)
@@ -171,7 +174,7 @@ class PackedSource(Source):
             size = min(length, targets - window * length)
             if size <= 0:
                 continue
-            start = self._validation.start + window * length
+            start = self._validation.start + window * available // among * length
             tokens = stream.read(start, start + size + 1)
             ids[row, :size], wanted[row, :size] = tokens[:-1], tokens[1:]
             if self._request.documents:

@@ -52,7 +52,7 @@ class Embedded(Data):
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction = {self.validation_fraction}: must be between 0 and 1")
 
-    def problems(self) -> list[str]:
+    def problems(self, tokenizer: str) -> list[str]:
         folder = _library()
         if next(folder.glob("*.py"), None) is None:
             return [f"no source files of Python at '{folder}': use data.kind = 'packed_tokens' instead"]

@@ -31,6 +31,8 @@ class PackedTokens(Data):
     """Directory that `lattice prepare` wrote."""
     validation_path: str | None = None
     """Another such directory, to validate on."""
+    source: str | None = None
+    """What `lattice prepare` makes it from: files or a dataset's name, for the message when it is missing."""
     workers: int = 0
     """Processes that read ahead; 0 reads in the training process. The batches are the same."""
     verify: bool = True
@@ -42,18 +44,16 @@ class PackedTokens(Data):
         if self.workers < 0:
             raise ValueError(f"workers = {self.workers}: must be at least 0")
 
-    def problems(self) -> list[str]:
+    def problems(self, tokenizer: str) -> list[str]:
         paths = [self.path] + ([self.validation_path] if self.validation_path is not None else [])
-        return [problem for path in paths for problem in _problems(Path(path))]
+        prepare = f"lattice prepare {self.source or 'SOURCE…'} --tokenizer {tokenizer}"
+        return [problem for path in paths for problem in _problems(Path(path), f"{prepare} --out {path}")]
 
     def corpus(self) -> Callable[[], Iterator[str]] | None:
         """None: the text is gone, only its tokens are left."""
         return None
 
     def open(self, request: DataRequest) -> Source:
-        problems = self.problems()
-        if problems:
-            raise ValueError("; ".join(problems))
         return open_prepared(
             Path(self.path),
             Path(self.validation_path) if self.validation_path is not None else None,
@@ -114,7 +114,7 @@ def _checked_manifest(folder: Path, codec: Codec) -> dict[str, Any]:
     return manifest
 
 
-def _problems(folder: Path) -> list[str]:
+def _problems(folder: Path, prepare: str) -> list[str]:
     try:
         unfinished = unfinished_command(folder)
         if unfinished is not None:
@@ -124,10 +124,7 @@ def _problems(folder: Path) -> list[str]:
             TokenStream(folder, manifest, split)
     except FileNotFoundError as error:
         if not (folder / "manifest.json").is_file():
-            return [
-                f"no prepared data at '{folder}': "
-                f"run `lattice prepare SOURCE… --out {folder} --tokenizer SPEC`"
-            ]
+            return [f"no prepared data at '{folder}': run `{prepare}`"]
         return [str(error)]
     except ValueError as error:
         return [str(error)]

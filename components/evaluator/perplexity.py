@@ -34,13 +34,9 @@ class Perplexity(Evaluator):
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
         total, count = 0.0, 0
         for batch in subject.source.validation(self.max_tokens):
-            documents = None if batch.documents_BL is None else batch.documents_BL.to(subject.device)
+            batch = batch.to(subject.device)
             with subject.autocast():
-                output = subject.model(
-                    batch.ids_BL.to(subject.device),
-                    documents=documents,
-                    targets=batch.targets_BL.to(subject.device),
-                )
+                output = subject.model(batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL)
             total += float(output.loss_sum)
             count += int(output.count)
         if count == 0:

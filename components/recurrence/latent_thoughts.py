@@ -122,4 +122,5 @@ class Thinking(Unroll):
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """Norm of the change of the thoughts over the norm of the thoughts; a scalar, on their device."""
     after = after.float()
-    return torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(after)
+    change: Tensor = torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(after)
+    return change

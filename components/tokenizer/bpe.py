@@ -44,6 +44,11 @@ class BpeTokenizer(Tokenizer):
             codec.save(folder, {"lattice": {"kind": "bpe", **asdict(self)}})
         return codec
 
+    @property
+    def spec(self) -> str:
+        """A placeholder: prepared data needs a tokenizer that was trained before."""
+        return "TOKENIZER"
+
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
         """None: `lattice prepare --train-bpe N` asks for this kind."""

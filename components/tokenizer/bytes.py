@@ -37,6 +37,10 @@ class BytesTokenizer(Tokenizer):
     def build(self, folder: Path | None, corpus: Callable[[], Iterator[str]] | None = None) -> Codec:
         return BytesCodec()
 
+    @property
+    def spec(self) -> str:
+        return "bytes"
+
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
         return cls() if spec == "bytes" else None

@@ -47,6 +47,10 @@ class HuggingFaceTokenizer(Tokenizer):
             codec.save(folder, {**config, "lattice": {"kind": "huggingface", "name": self.name}})
         return codec
 
+    @property
+    def spec(self) -> str:
+        return self.name
+
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
         """A path that exists, or a possible hub name that neither names nor belongs to another kind."""

@@ -74,6 +74,10 @@ class SentencePieceTokenizer(Tokenizer):
             )
         return SentencePieceCodec(model, saved)
 
+    @property
+    def spec(self) -> str:
+        return self.path
+
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
         return cls(path=spec) if spec.endswith(".model") else None

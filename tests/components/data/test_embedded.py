@@ -23,7 +23,7 @@ def request(tmp_path):
 
 def test_is_there_and_tokenized_once(tmp_path):
     data = Embedded(megabytes=0.5)
-    assert data.problems() == []
+    assert data.problems("bytes") == []
     first = next(data.open(request(tmp_path)).steps(0))
     made = sorted(tmp_path.glob("embedded-*/*"))
     times = [path.stat().st_mtime_ns for path in made]

@@ -1,0 +1,56 @@
+"""Every recipe that is shipped is parsed, checked and assembled."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lattice
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*.toml"))
+
+# Parameters as the published checkpoints count them (Pythia: arXiv 2304.01373, table 1 and its model cards).
+PYTHIA = {
+    "14m": 14_067_712,
+    "70m": 70_426_624,
+    "160m": 162_322_944,
+    "410m": 405_334_016,
+    "1b": 1_011_781_632,
+    "1.4b": 1_414_647_808,
+    "2.8b": 2_775_208_960,
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_assembles_and_runs_on_the_meta_device(name):
+    recipe = lattice.load_recipe(RECIPES / name)
+    model = lattice.build_model(recipe, device="meta")
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    assert model(ids).logits.shape == (1, 8, recipe.component("backbone").vocab_size)
+    assert lattice.load_recipe(recipe.table()).table() == recipe.table()
+
+
+@pytest.mark.parametrize("size", PYTHIA)
+def test_pythia_has_the_published_number_of_parameters(size):
+    model = lattice.build_model(RECIPES / f"pythia_{size}.toml", device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == PYTHIA[size]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith("_lt.toml")])
+def test_latent_thoughts_differ_from_the_plain_recipe_by_the_recurrence_alone(name):
+    plain = lattice.load_recipe(RECIPES / name.replace("_lt", "")).table()
+    thinking = lattice.load_recipe(RECIPES / name).table()
+    assert thinking.pop("recurrence")["kind"] == "latent_thoughts"
+    assert plain.pop("recurrence")["kind"] == "none"
+    assert thinking == plain
+
+
+def test_the_papers_settings():
+    """Section 4.1 of arXiv 2509.23184: Pythia's set-up, sequences of 2048, about 300B tokens."""
+    recipe = lattice.load_recipe(RECIPES / "pythia_1.4b_lt.toml")
+    assert recipe.run.steps * recipe.run.batch_tokens == pytest.approx(300e9, rel=1e-3)
+    assert recipe.run.sequence_tokens == 2048
+    recurrence = recipe.component("recurrence")
+    assert (recurrence.thoughts, recurrence.jacobi.train, recurrence.jacobi.eval) == (1, (2, 4), 3)
+    assert recurrence.token_passes(training=False) == 9
