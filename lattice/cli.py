@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def run(recipe: Path, *, set_: Set = None, out: Path | None = None) -> None:
     recipe
         A TOML file.
     out
-        The run's directory; runs/<recipe name> if not given.
+        The run's directory; runs/ and the recipe's name if not given.
     """
     from lattice.report import show_summary
     from lattice.train import train
@@ -83,12 +84,16 @@ def components(role: str | None = None) -> None:
         table(name, ["kind", "what it is", "options"], rows)
 
 
-def _options(cls: Any) -> str:
+def _options(cls: Any, above: str = "") -> str:
+    """Each option with its default, as it would stand in a recipe; nested ones by their dotted names."""
     lines = []
     for option in fields(cls):
         default = option.default if option.default_factory is MISSING else option.default_factory()
-        shown = "(required)" if default is MISSING else f"= {default!r}"
-        lines.append(f"{option.name} {shown}")
+        if is_dataclass(default):
+            lines.append(_options(type(default), f"{above}{option.name}."))
+            continue
+        shown = "required" if default is MISSING else "not set" if default is None else json.dumps(default)
+        lines.append(f"{above}{option.name} = {shown}")
     return "\n".join(lines)
 
 
@@ -190,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False)
     except (CycloptsError, ValueError, OSError, ImportError) as error:
         for line in str(error).splitlines():
-            errors.print(f"[bold red]error[/] {escape(line)}", soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

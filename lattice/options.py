@@ -118,6 +118,8 @@ def _problem(cls: type, path: Path_, source: Source, error: dict[str, Any]) -> s
     if error["type"] in ("missing_argument", "missing") and not isinstance(error["loc"][-1], int):
         return f"{start}: missing"
     value = _at_value(source.table, whole)
+    if error["type"] == "missing":
+        message = "has too few values"
     return f"{start}{'' if value is None else f' = {_toml(value)}'}: {message[:1].lower()}{message[1:]}"
 
 

@@ -45,11 +45,9 @@ def from_pretrained(
     model = build_model(load_recipe({**tables, **(overrides or {})}), device="meta")
     weights = read_weights(folder)
     _fit(model, weights, folder)
+    tied = model.decoder.head.weight is model.decoder.embedding.weight
     model.decoder.load_state_dict(weights, assign=True, strict=False)
-    if (
-        model.decoder.embedding.weight.device.type == "meta"
-        or model.decoder.head.weight.device.type == "meta"
-    ):
+    if tied:  # the file may hold the shared weight twice, or under the embedding's name alone
         model.decoder.head.weight = model.decoder.embedding.weight
     return model.requires_grad_(True)
 
@@ -70,9 +68,9 @@ def read_backbone(folder: Path) -> Backbone:
     for cls in known.values():
         try:
             if (backbone := cls.from_hf(config)) is not None:  # type: ignore[attr-defined]
-                found: Backbone = backbone
+                found: Backbone = load_recipe({"backbone": to_table(backbone)}).component("backbone")
                 return found
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
     raise ValueError(f"{path}: model_type = {config.get('model_type')!r}: must be one of {', '.join(known)}")
 
@@ -81,7 +79,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory, from one file or from the shards that its index names."""
     names = [WEIGHTS]
     if (index := folder / INDEX).is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{index}: no valid index of shards: {error}") from error
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
@@ -126,6 +127,7 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
     config |= {"dtype": dtype, "torch_dtype": dtype, "lattice_recurrence": to_table(model.recurrence)}
     config = {name: value for name, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: value.detach().cpu() for name, value in model.decoder.state_dict().items()}
+    # A tied head is the embedding's parameter and listed once, under the name that readers look for.
+    weights = {name: value.detach().cpu() for name, value in model.decoder.named_parameters()}
     with torch.no_grad():
         save_torch_state_dict(weights, str(folder), max_shard_size=max_shard_size, safe_serialization=True)

@@ -71,7 +71,10 @@ class Recipe:
 
     def origin(self, path: Path_) -> Origin:
         """Where the value at `path` comes from: where it was written, or the default of its kind."""
-        return self.origins.get(path, Origin("default"))
+        owner = self.components.get(TABLES.get(path[0], ""), self.run)
+        if isinstance(owner, dict) and len(path) > 1:
+            owner = owner.get(path[1])
+        return self.origins.get(path, Origin(f"default of {getattr(owner, 'kind', path[0])}"))
 
 
 def load_recipe(
@@ -161,7 +164,7 @@ def _overrides(overrides: Iterable[str]) -> list[Source]:
         try:
             value = tomli.loads(f"value = {text}")["value"]
         except tomli.TOMLDecodeError:
-            value = text  # a bare word, as a shell user writes it
+            value = text.strip()  # a bare word, as a shell user writes it
         at = table
         for name in names[:-1]:
             at = at.setdefault(name, {})

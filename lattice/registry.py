@@ -30,9 +30,9 @@ class UnknownName(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, else nothing."""
+    """Ends a sentence: with `; did you mean 'x'?` for the known name closest to `name`, else a full stop."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def register(role: str, kind: str) -> Callable[[C], C]:

@@ -52,8 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def open_run(folder: Path, recipe: Recipe) -> None:
-    """Writes the recipe, unless the directory holds a run of another one: then raises RunExists."""
-    check_same(folder, recipe)
+    """Makes the directory a run of this recipe."""
     atomic.write_file(folder / RECIPE, (provenance() + recipe.to_toml()).encode())
 
 

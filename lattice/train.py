@@ -50,8 +50,9 @@ def train(
         return finished
     preflight.check(recipe)
     with run_folder.locked(folder):
-        run_folder.open_run(folder, recipe)
+        run_folder.check_same(folder, recipe)
         graph = training_graph(recipe, folder)
+        run_folder.open_run(folder, recipe)  # a recipe whose parts do not fit leaves no run behind
         torch.manual_seed(recipe.run.seed)
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
         if resumed["step"]:
