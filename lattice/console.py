@@ -33,7 +33,7 @@ class Training:
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[shown]}"),
             TimeElapsedColumn(),
             TextColumn("left"),

@@ -101,9 +101,11 @@ class LanguageModel(nn.Module):
         Thoughts are computed strictly in sequence; with `parallel` by the solver, at its evaluation
         settings, which is faster and, for thoughts, an approximation.
         """
+        if input_ids.shape[1] < 1:
+            raise ValueError("input_ids: the prompt is empty; must have at least one token")
+        self._check_length(input_ids.shape[1])
         cache = KVCache(self.shape.num_layers)
         if parallel or self.recurrence.parallel_is_exact:
-            self._check_length(input_ids.shape[1])
             stack = self._stack(Tokens.of(input_ids, attention_mask))
             hidden_BLD = self.unroll(stack, input_ids, cache=cache).hidden_BLD
             return stack.logits(hidden_BLD[:, -1]), cache

@@ -57,6 +57,8 @@ def train(
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
         if resumed["step"]:
             say(f"resuming '{folder}' after step {resumed['step']}")
+        parameters = sum(parameter.numel() for parameter in graph.model.parameters())
+        say(f"{parameters:,} parameters on {graph.device}; the run's directory is '{folder}'")
         return Loop(graph, resumed["step"], resumed["seconds"]).run()
 
 

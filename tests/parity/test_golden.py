@@ -101,7 +101,7 @@ def test_strictly_sequential_evaluation(case, tmp_path):
 @pytest.mark.parametrize("case", GENERATE)
 def test_greedy_cached_decoding(case, tmp_path):
     """The reference's prefill is parallel with J refinements, then it decodes in sequence."""
-    manifest, golden = load_case(f"llama/{case}")
+    manifest, _ = load_case(f"llama/{case}")
     recurrence = {
         "kind": "latent_thoughts",
         "thoughts": manifest["K"],

@@ -1,0 +1,220 @@
+"""Chunked cross entropy, activation checkpointing and number formats: the same function, computed otherwise."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lattice
+from lattice.components.loss.cross_entropy import CrossEntropy
+from lattice.components.precision.formats import BFloat16, Float32
+from lattice.draws import Draw
+
+VOCABULARY = 31
+BACKBONES = {
+    "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 2, "rotary_pct": 0.5},
+    "llama": {"kind": "llama", "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+RECURRENCES = {
+    "none": {"kind": "none"},
+    "latent_thoughts": {"kind": "latent_thoughts", "thoughts": 2, "jacobi": {"train": [1, 3], "eval": 2}},
+}
+both_backbones = pytest.mark.parametrize("backbone", list(BACKBONES))
+both_recurrences = pytest.mark.parametrize("recurrence", list(RECURRENCES))
+
+
+def tiny(backbone, recurrence, **tables):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
+    options = {**BACKBONES[backbone], **sizes, "max_position_embeddings": 32}
+    return lattice.build_model({"backbone": options, "recurrence": RECURRENCES[recurrence], **tables})
+
+
+def some_ids(rows, length, seed=0):
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_problem(count, ignored):
+    generator = torch.Generator().manual_seed(count)
+    head = nn.Linear(8, VOCABULARY)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    hidden = torch.randn(count, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (count,), generator=generator)
+    if ignored == "some":
+        targets[torch.rand(count, generator=generator) < 0.4] = -100
+    elif ignored == "all":
+        targets[:] = -100
+    elif ignored == "first":
+        targets[: count // 2] = -100
+    return head, hidden, targets
+
+
+def with_gradients(loss, head, hidden):
+    return loss, torch.autograd.grad(loss, [hidden, head.weight, head.bias])
+
+
+@pytest.mark.parametrize("ignored", ["nothing", "some", "first", "all"])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 6, 7, 11, 12, 13, 4096])
+def test_cross_entropy_in_chunks(chunk, ignored):
+    head, hidden, targets = loss_problem(12, ignored)
+    total, count = CrossEntropy(chunk_tokens=chunk).total(hidden, head, targets)
+    loss, gradients = with_gradients(total, head, hidden)
+    reference = F.cross_entropy(head(hidden), targets, reduction="sum")
+    expected, expected_gradients = with_gradients(reference, head, hidden)
+    assert count.item() == (targets != -100).sum().item()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
+    for gradient, value in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, value, atol=1e-5, rtol=1e-5)
+    if ignored == "all":
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("chunk", [5, 12, 13])
+def test_cross_entropy_under_autocast(chunk):
+    """Logits come in bfloat16, the loss is still computed in float32."""
+    head, hidden, targets = loss_problem(12, "some")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = CrossEntropy(chunk_tokens=chunk).total(hidden, head, targets)
+        logits = head(hidden)
+    assert logits.dtype == torch.bfloat16
+    loss, gradients = with_gradients(total, head, hidden)
+    assert loss.dtype == torch.float32
+    rounded = F.cross_entropy(logits.float(), targets, reduction="sum")
+    torch.testing.assert_close(loss, rounded, atol=1e-4, rtol=1e-6)
+    exact, exact_gradients = with_gradients(
+        F.cross_entropy(head(hidden), targets, reduction="sum"), head, hidden
+    )
+    torch.testing.assert_close(loss, exact, atol=0, rtol=2e-2)
+    for gradient, value in zip(gradients, exact_gradients, strict=True):
+        assert (gradient - value).norm() < 3e-2 * value.norm()
+
+
+def test_logits_are_never_held_for_more_than_a_chunk():
+    head, hidden, targets = loss_problem(12, "nothing")
+    sizes = []
+    head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    total, _ = CrossEntropy(chunk_tokens=5).total(hidden, head, targets)
+    assert sizes == [5, 5, 2]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+        CrossEntropy(chunk_tokens=5).total(hidden, head, targets)
+    assert not any(shape[-1:] == (VOCABULARY,) for shape in kept)
+    total.backward()
+    assert sizes[-3:] == [2, 5, 5]
+
+
+@both_backbones
+@both_recurrences
+def test_a_model_gives_the_loss_of_its_logits(backbone, recurrence):
+    model = tiny(backbone, recurrence, loss={"kind": "cross_entropy", "chunk_tokens": 5})
+    ids, targets = some_ids(2, 7), some_ids(2, 7, seed=1)
+    targets[0, 3:] = -100
+    output = model(ids, targets=targets)
+    assert output.logits is None
+    assert output.count.item() == 10
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.loss_sum, 10 * expected)
+
+
+def test_chunks_of_no_tokens():
+    with pytest.raises(lattice.RecipeError, match=r"loss\.chunk_tokens = 0: must be at least 1"):
+        lattice.load_recipe({"loss": {"kind": "cross_entropy", "chunk_tokens": 0}})
+
+
+def loss_and_gradients(model, draw=None, autocast=False, mask=None):
+    ids, targets = some_ids(2, 6), some_ids(2, 6, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = model(ids, attention_mask=mask, targets=targets, draw=draw)
+    output.loss.backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@both_backbones
+@both_recurrences
+@pytest.mark.parametrize("kind", ["block", "pass"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_recomputation_changes_no_gradient(backbone, recurrence, kind, autocast, padded):
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]) if padded else None
+    for draw in (None, Draw(0, 1)):
+        expected, gradients = loss_and_gradients(tiny(backbone, recurrence), draw, autocast, mask)
+        model = tiny(backbone, recurrence, activation_checkpoint={"kind": kind})
+        output, recomputed = loss_and_gradients(model, draw, autocast, mask)
+        assert torch.equal(output.loss, expected.loss)
+        assert output.telemetry.keys() == expected.telemetry.keys()
+        for name, gradient in gradients.items():
+            assert gradient.abs().max() > 0, name
+            torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+@both_backbones
+def test_what_is_kept_and_what_is_computed_again(backbone):
+    kept, calls = {}, {}
+    for kind in ("none", "block", "pass"):
+        model = tiny(backbone, "latent_thoughts", activation_checkpoint={"kind": kind})
+        counted, sizes = [], []
+        model.decoder.blocks[1].register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+
+        def pack(tensor, sizes=sizes):
+            sizes.append((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(some_ids(2, 6), targets=some_ids(2, 6, seed=1)).loss
+        kept[kind] = sum(size for _, size in set(sizes))
+        forward = len(counted)
+        loss.backward()
+        calls[kind] = (forward, len(counted) - forward)
+    passes = 2 + 2 + 1  # warm start, refinements, final pass
+    assert calls == {"none": (passes, 0), "block": (passes, passes), "pass": (passes, passes)}
+    assert kept["none"] > 1.5 * kept["block"] > 1.5 * kept["pass"]
+
+
+@both_backbones
+@pytest.mark.parametrize("kind", ["block", "pass"])
+def test_recomputation_leaves_evaluation_alone(backbone, kind):
+    """Without gradients, and where a cache is filled, nothing is computed twice."""
+    model = tiny(backbone, "latent_thoughts", activation_checkpoint={"kind": kind})
+    plain, ids = tiny(backbone, "latent_thoughts"), some_ids(2, 5)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    for parallel in (False, True):
+        logits, cache = model.prefill(ids, parallel=parallel)
+        expected, _ = plain.prefill(ids, parallel=parallel)
+        assert torch.equal(logits, expected)
+        assert cache.tokens == 5
+
+
+@both_backbones
+@both_recurrences
+def test_bf16_is_close_and_keeps_float32_weights(backbone, recurrence):
+    model, ids = tiny(backbone, recurrence), some_ids(2, 6)
+    device = torch.device("cpu")
+    with Float32().autocast(device):
+        exact = model(ids).logits
+    assert exact.dtype == torch.float32
+    BFloat16().apply(model)
+    with BFloat16().autocast(device):
+        rounded = model(ids).logits
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded - exact).norm() < 5e-2 * exact.norm()
+    _, gradients = loss_and_gradients(model, autocast=True)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    _, exact_gradients = loss_and_gradients(tiny(backbone, recurrence))
+    for name, gradient in gradients.items():
+        assert (gradient - exact_gradients[name]).norm() < 0.1 * exact_gradients[name].norm(), name
+
+
+@both_backbones
+def test_decoding_under_autocast(backbone):
+    model, ids = tiny(backbone, "latent_thoughts"), some_ids(2, 6)
+    exact, _ = model.prefill(ids)
+    with BFloat16().autocast(torch.device("cpu")):
+        rounded, _ = model.prefill(ids)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 5e-2 * exact.norm()
