@@ -49,7 +49,7 @@ class KVCache:
     @property
     def tokens(self) -> int:
         """Tokens cached so far."""
-        return 0 if self.slots is None else int(self.slots.token_S[-1]) + 1
+        return 0 if self.slots is None else self.slots.stop
 
     def extend(self, slots: Slots) -> Slots:
         """Notes that `slots` come next; returns all slots. Called once a pass, before the layers append."""

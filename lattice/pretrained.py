@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lattice import registry
 from lattice.assemble import build_model
@@ -32,24 +32,29 @@ def from_pretrained(
     recurrence: Mapping[str, Any] | None = None,
     *,
     overrides: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """A model of ours with the weights of a Hugging Face directory.
 
-    `recurrence` is a recipe's `[recurrence]` table, `none` if not given; `overrides` holds further tables.
-    Raises FileNotFoundError for a missing file and ValueError for an architecture or setting that no
+    `recurrence` is a recipe's `[recurrence]` table, `none` if not given; `overrides` holds further tables;
+    `dtype` is that of the parameters, whatever the file holds: training keeps float32 and computes in the
+    recipe's precision. Raises FileNotFoundError for a missing file and ValueError for an architecture or setting that no
     backbone implements, or for weights that do not fit.
     """
     folder = Path(folder)
     backbone = read_backbone(folder)
     tables = {"backbone": to_table(backbone), "recurrence": dict(recurrence or {"kind": "none"})}
-    model = build_model(load_recipe({**tables, **(overrides or {})}), device="meta")
+    recipe = load_recipe({**tables, **(overrides or {})})
+    model = build_model(recipe, device="meta")
+    if isinstance(model.unroll, nn.Module):  # parameters of its own, which no file gives
+        model = build_model(recipe)
     weights = read_weights(folder)
     _fit(model, weights, folder)
     tied = model.decoder.head.weight is model.decoder.embedding.weight
     model.decoder.load_state_dict(weights, assign=True, strict=False)
     if tied:  # the file may hold the shared weight twice, or under the embedding's name alone
         model.decoder.head.weight = model.decoder.embedding.weight
-    return model.requires_grad_(True)
+    return model.to(dtype).requires_grad_(True)
 
 
 def read_backbone(folder: Path) -> Backbone:

@@ -111,12 +111,16 @@ def provenance() -> str:
 
 
 class MetricsFile:
-    """metrics.jsonl, one JSON object a line; lines of steps that a resumed run takes again are dropped."""
+    """metrics.jsonl, one JSON object a line; lines of what a resumed run does again are dropped.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    Those are the steps after `first_step` and, if it `evaluates_again`, the evaluations of that step.
+    """
+
+    def __init__(self, folder: Path, first_step: int, *, evaluates_again: bool = False) -> None:
         path = folder / METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= first_step]
+        last = {True: first_step, False: first_step - 1 if evaluates_again else first_step}
+        kept = [line for line in lines if (row := _row(line)) and row["step"] <= last["loss" in row]]
         if kept != lines:
             atomic.write_file(path, "".join(kept).encode())
         self._file: TextIO = path.open("a", encoding="utf-8")
@@ -130,12 +134,13 @@ class MetricsFile:
         self._file.close()
 
 
-def _step(line: str) -> int | None:
-    """The step of a line; None for one that a kill cut short."""
+def _row(line: str) -> dict[str, Any] | None:
+    """The content of a line; None for one that a kill cut short."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else None
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
         return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def training_losses(folder: Path) -> list[float]:

@@ -22,6 +22,8 @@ class Tokens:
 
     index_L: Tensor
     """Place of each token in its sequence, counting those in the cache."""
+    stop: int
+    """The place after the last token's."""
     position_BL: Tensor
     """Position ids, (1, L) where all rows agree."""
     document_BL: Tensor | None = None
@@ -45,14 +47,14 @@ class Tokens:
         length = ids_BL.shape[1]
         index_L = torch.arange(first, first + length, device=ids_BL.device)
         if attention_mask_BL is None and past_real_B is None:
-            return Tokens(index_L, index_L[None], documents_BL)
+            return Tokens(index_L, first + length, index_L[None], documents_BL)
         real_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         if attention_mask_BL is not None:
             real_BL = attention_mask_BL.to(ids_BL.device).bool()
         counted_BL = real_BL.long().cumsum(dim=1) - 1
         if past_real_B is not None:
             counted_BL = counted_BL + past_real_B[:, None]
-        return Tokens(index_L, counted_BL.clamp(min=0), documents_BL, real_BL)
+        return Tokens(index_L, first + length, counted_BL.clamp(min=0), documents_BL, real_BL)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Slots:
     """Which token and stage each slot belongs to, and what holds for that token."""
 
     token_S: Tensor
+    stop: int
+    """The place after the last token's."""
     stage_S: Tensor
     position_BS: Tensor
     document_BS: Tensor | None = None
@@ -75,6 +79,7 @@ class Slots:
         stage_n = torch.arange(first_stage, first_stage + stages, device=tokens.index_L.device)
         return Slots(
             spread(tokens.index_L),
+            tokens.stop,
             stage_n.repeat(len(tokens.index_L)),
             spread(tokens.position_BL),
             spread(tokens.document_BL),
@@ -103,6 +108,7 @@ class Slots:
 
         return Slots(
             torch.cat([self.token_S, more.token_S]),
+            more.stop,
             torch.cat([self.stage_S, more.stage_S]),
             join(self.position_BS, more.position_BS),
             join(self.document_BS, more.document_BS),

@@ -55,6 +55,11 @@ def train(
         run_folder.open_run(folder, recipe)  # a recipe whose parts do not fit leaves no run behind
         torch.manual_seed(recipe.run.seed)
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
+        if resumed["step"] > recipe.run.steps:
+            raise ValueError(
+                f"run.steps = {recipe.run.steps}: the run in '{folder}' has taken {resumed['step']} already; "
+                "must be at least that, or choose another directory with --out"
+            )
         if resumed["step"]:
             say(f"resuming '{folder}' after step {resumed['step']}")
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
@@ -180,7 +185,8 @@ class Loop:
 
     def _open_logs(self, stack: ExitStack) -> None:
         folder = self.graph.folder
-        self._file = run_folder.MetricsFile(folder, self.first)
+        finished = self.first == self.run_options.steps
+        self._file = run_folder.MetricsFile(folder, self.first, evaluates_again=finished)
         stack.callback(self._file.close)
         self._writers: list[MetricWriter] = []
         for metrics in self.graph.metrics.values():

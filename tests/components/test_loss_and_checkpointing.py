@@ -1,4 +1,4 @@
-"""Chunked cross entropy, activation checkpointing and number formats: the same function, computed otherwise."""
+"""Chunked cross entropy, activation checkpointing and number formats: the same, computed otherwise."""
 
 import pytest
 import torch

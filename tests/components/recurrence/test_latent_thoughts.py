@@ -1,7 +1,8 @@
-"""Latent thoughts: the parallel solver against the sequential definition, draws, costs and initial weights."""
+"""Latent thoughts: the parallel solver against the sequential definition, draws, costs, initial weights."""
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_residuals_are_the_relative_change_of_the_thoughts(backbone):
     model.decoder.final_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
     residuals = model(ids).telemetry["residuals"]
     thoughts = [seen[0], *(hidden[:, 0::2] for hidden in seen[1:-1])]
-    expected = [(b - a).norm() / b.norm() for a, b in zip(thoughts, thoughts[1:], strict=False)]
+    expected = [(b - a).norm() / b.norm() for a, b in pairwise(thoughts)]
     torch.testing.assert_close(residuals.double(), torch.stack(expected), atol=1e-6, rtol=1e-5)
     assert residuals[-1] < 1e-6  # solved after one iteration, K(L-1)
 
