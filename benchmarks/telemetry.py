@@ -33,7 +33,9 @@ def seconds_of_a_step(model: lattice.LanguageModel, ids_BL: torch.Tensor) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "telemetry.jsonl")
     arguments = parser.parse_args()
@@ -58,7 +60,9 @@ def main() -> None:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
-    print(f"with / without telemetry: {median:.3f} (quartiles {low:.3f} to {high:.3f}, {arguments.pairs} pairs)")
+    print(
+        f"with / without telemetry: {median:.3f} (quartiles {low:.3f} to {high:.3f}, {arguments.pairs} pairs)"
+    )
     arguments.out.parent.mkdir(exist_ok=True)
     with arguments.out.open("a") as file:
         file.write(json.dumps(result) + "\n")

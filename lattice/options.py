@@ -26,9 +26,7 @@ def component(role: str, path: Path_, source: Source, problems: list[str]) -> An
     at_kind = source.origins.get((*path, "kind"), place)
     if not isinstance(table["kind"], str):
         known = ", ".join(registry.kinds(role))
-        problems.append(
-            f"{at_kind}: {shown}.kind = {_toml(table['kind'])}: must be a string; known: {known}"
-        )
+        problems.append(f"{at_kind}: {shown}.kind = {_toml(table['kind'])}: must be a string; known: {known}")
         return None
     try:
         cls = registry.lookup(role, table["kind"])
