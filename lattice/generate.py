@@ -26,6 +26,8 @@ class Sampling:
     """Only the smallest set of tokens with this much probability are candidates."""
     seed: int | None = None
     """Of the draws; a new one each time if not given."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer: the rows by which a model's table is larger are never chosen."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -37,6 +39,7 @@ class Sampling:
 
     def choose(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
         """The next token of each row, (B, 1)."""
+        logits_BV = logits_BV[:, : self.vocab_size]
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1, keepdim=True)
         logits_BV = logits_BV.float() / self.temperature
@@ -112,6 +115,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    vocab_size: int | None = None,
     eos_id: int | None = None,
     attention_mask: Tensor | None = None,
     parallel_prefill: bool = False,
@@ -119,9 +123,9 @@ def generate(
     """Prompts (B, L) and what follows them, (B, L + at most max_new_tokens).
 
     `temperature = 0` is greedy. After `eos_id` a row holds nothing but `eos_id`, and when all rows have
-    ended so does the loop. See `stream` for the rest and for the errors.
+    ended so does the loop. `vocab_size` is the tokenizer's, where the model's is padded. See `stream` for the rest and for the errors.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, vocab_size=vocab_size)
     out_BL, ended_B1 = [input_ids], torch.zeros_like(input_ids[:, :1], dtype=torch.bool)
     following = stream(
         model,

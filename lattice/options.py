@@ -43,7 +43,7 @@ def build(cls: type, path: Path_, source: Source, problems: list[str]) -> Any:
         table.pop("kind", None)
     # JSON is strict where TOML is (no number from a string) and lenient where TOML is (an array is a tuple).
     if "__pydantic_config__" not in cls.__dict__:
-        cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+        cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
     try:
         return TypeAdapter(cls).validate_json(json.dumps(table, default=_refuse))
     except _NoOption as error:

@@ -38,8 +38,8 @@ def from_pretrained(
 
     `recurrence` is a recipe's `[recurrence]` table, `none` if not given; `overrides` holds further tables;
     `dtype` is that of the parameters, whatever the file holds: training keeps float32 and computes in the
-    recipe's precision. Raises FileNotFoundError for a missing file and ValueError for an architecture or setting that no
-    backbone implements, or for weights that do not fit.
+    recipe's precision. Raises FileNotFoundError for a missing file and ValueError for an architecture or
+    setting that no backbone implements, or for weights that do not fit.
     """
     folder = Path(folder)
     backbone = read_backbone(folder)

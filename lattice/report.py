@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def stream_text(
     """Writes the prompt and its continuation to stdout as it is decoded, up to the end of the document."""
     ids = codec.encode_batch([prompt])[0]
     device = next(model.parameters()).device
+    sampling = replace(sampling, vocab_size=codec.vocab_size)
     following = stream(model, torch.tensor([ids], device=device), max_new_tokens, sampling=sampling)
     shown = codec.decode(ids)
     sys.stdout.write(shown)

@@ -29,8 +29,8 @@ class RunOptions:
         for name in ("steps", "batch_tokens", "sequence_tokens", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}: must be at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}: must be at least 0 and less than 2**63")
         if self.batch_tokens % self.sequence_tokens:
             raise ValueError(
                 f"batch_tokens = {self.batch_tokens}: must be a multiple of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,7 +38,8 @@ class Sample(Evaluator):
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
         assert isinstance(subject.model, LanguageModel)
         prompt = subject.codec.encode_batch([self.prompt])[0]
+        sampling = replace(self._sampling(), vocab_size=subject.codec.vocab_size)
         ids_BL = torch.tensor([prompt], device=subject.device)
         with subject.autocast():
-            following = list(stream(subject.model, ids_BL, self.max_new_tokens, sampling=self._sampling()))
+            following = list(stream(subject.model, ids_BL, self.max_new_tokens, sampling=sampling))
         return {"text": subject.codec.decode([*prompt, *(int(ids) for ids in following)])}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @register("metrics", "tensorboard")
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard(Metrics):
+    """Curves and texts for TensorBoard."""
+
     every: int = 1
     """Steps between two points of a curve. What comes more seldom, such as evaluations, is all drawn."""
 

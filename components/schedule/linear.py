@@ -12,6 +12,8 @@ from lattice.registry import register
 @register("schedule", "linear")
 @dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):
+    """Linear warm-up, then a straight line down to the floor."""
+
     warmup: float = 0.01
     """Fraction of the steps."""
     floor: float = 0.0

@@ -263,3 +263,13 @@ def test_a_stream_is_what_generate_collects():
     tokens = list(stream(model, prompt, 5))
     assert all(ids.shape == (2, 1) and not ids.requires_grad for ids in tokens)
     assert torch.equal(torch.cat([prompt, *tokens], dim=1), lattice.generate(model, prompt, 5))
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen():
+    """A padded table: were the head's padding rows the likeliest, they would still be no tokens."""
+    logits_BV = torch.tensor([[0.0, 1.0, 0.5, 9.0]])
+    generator = torch.Generator().manual_seed(0)
+    for sampling in (Sampling(vocab_size=3), Sampling(vocab_size=3, temperature=5.0, seed=0)):
+        chosen = {int(sampling.choose(logits_BV, generator)) for _ in range(50)}
+        assert chosen <= {0, 1, 2}
+        assert 1 in chosen

@@ -1,0 +1,341 @@
+"""The command line: what it prints, its exit codes, and that an error of the user's is never a traceback."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import tomli
+import torch
+
+import lattice
+from lattice import cli, console
+from lattice.protocols import ROLES
+
+RECIPE = """
+[run]
+steps = 8
+batch_tokens = 128
+sequence_tokens = 16
+device = "cpu"
+log_every = 3
+
+[backbone]
+kind = "gpt_neox"
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 32
+vocab_size = 257
+max_position_embeddings = 64
+rotary_pct = 0.5
+
+[optimizer]
+kind = "adamw"
+lr = 3e-2
+
+[data]
+kind = "embedded"
+megabytes = 0.5
+validation_fraction = 0.3
+
+[evaluators.validation]
+kind = "perplexity"
+every = 4
+max_tokens = 64
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's directory."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(RECIPE)
+    lattice.train(folder / "tiny.toml", overrides=["recurrence.kind=latent_thoughts"], out=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def call(capsys):
+    """Exit code, stdout and stderr of a command."""
+
+    def call_(*arguments):
+        capsys.readouterr()
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        assert "\x1b" not in out + err, "no colours and no cursor movements where there is no terminal"
+        return code, out, err
+
+    return call_
+
+
+# ── show ──────────────────────────────────────────────────────────────────────────────────────────
+def test_show_prints_a_recipe_that_says_the_same(call, tmp_path):
+    sample = '[evaluators.text]\nkind = "sample"\nprompt = "[red]x[/] ' + "long " * 40 + '"\n'
+    (tmp_path / "tiny.toml").write_text(RECIPE + sample)
+    code, out, _ = call("show", "tiny.toml")
+    assert code == 0
+    assert tomli.loads(out) == lattice.load_recipe("tiny.toml").table()
+    (tmp_path / "again.toml").write_text(out)
+    assert lattice.load_recipe("again.toml").table() == lattice.load_recipe("tiny.toml").table()
+
+
+def test_show_origin_says_where_each_value_comes_from(call):
+    code, out, _ = call("show", "tiny.toml", "--origin", "--set", "run.seed=5")
+    assert code == 0
+    origins = {line.split(" = ")[0]: line.split("  # ")[-1].strip() for line in out.splitlines()}
+    line = RECIPE.splitlines().index("hidden_size = 16") + 1
+    assert origins["backbone.hidden_size"] == f"tiny.toml:{line}"
+    assert origins["run.seed"] == "--set"
+    assert origins["mask.kind"].startswith("lattice/defaults.toml:")
+    assert origins["backbone.layer_norm_eps"].startswith("default")
+    values = {one.split("  # ")[0].strip() for one in out.splitlines()}
+    assert "run.seed = 5" in values
+    assert "optimizer.betas = [0.9, 0.95]" in values
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--set", "run.seed=5", "run.steps=7", "optimizer.betas=[0.5, 0.6]"),
+        ("--set", "run.seed=5", "--set", "run.steps=7", "--set", "optimizer.betas=[0.5, 0.6]"),
+        ("--set=run.seed=5", "--set", "run.steps=7", "optimizer.betas = [0.5, 0.6]"),
+    ],
+)
+def test_set_takes_one_or_several_values(arguments, call):
+    code, out, err = call("show", "tiny.toml", *arguments)
+    assert code == 0, err
+    table = tomli.loads(out)
+    assert (table["run"]["seed"], table["run"]["steps"]) == (5, 7)
+    assert table["optimizer"]["betas"] == [0.5, 0.6]
+
+
+def test_set_before_the_recipe_needs_nothing_special(call):
+    code, out, err = call("show", "--set", "run.seed=5", "--origin", "--", "tiny.toml")
+    assert code == 0, err
+    assert "run.seed = 5" in out
+
+
+# ── components ────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setattr(console.console, "width", 200)
+
+
+def test_components_of_a_role_with_their_options(call, wide):
+    code, out, _ = call("components", "recurrence")
+    assert code == 0
+    for text in (
+        "recurrence",
+        "none",
+        "latent_thoughts",
+        "thoughts = 1",
+        "initializer_range = 0.02",
+        "PonderLM",
+    ):
+        assert text in out
+    assert "perplexity" not in out
+
+
+def test_components_of_all_roles(call, wide):
+    code, out, _ = call("components")
+    assert code == 0
+    assert all(role in out for role in ROLES)
+    assert "prompt = required" in out
+
+
+def test_an_unknown_role(call):
+    code, out, err = call("components", "recurence")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: role 'recurence' does not exist; did you mean 'recurrence'?")
+
+
+# ── run ───────────────────────────────────────────────────────────────────────────────────────────
+def test_run_prints_plain_lines_and_a_summary(call, tmp_path):
+    code, out, err = call("run", "tiny.toml", "--set", "run.steps=7")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines if "/7" in line] == ["1/7", "3/7", "6/7", "7/7"]
+    assert [line.split()[1] for line in lines if "validation:" in line] == ["4", "7"]
+    assert "loss" in lines[0]
+    assert "tok/s" in lines[0]
+    assert "The run is in 'runs/tiny'" in out
+    assert "lattice generate runs/tiny" in out
+    summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
+    for key in ("first_loss", "last_loss", "validation_loss", "validation_bits_per_byte", "peak_memory_mib"):
+        assert key.replace("_", " ") in out
+        assert key in summary
+    code, out, _ = call("run", "tiny.toml", "--set", "run.steps=7")
+    assert code == 0
+    assert "has taken all its 7 steps" in out
+
+
+def test_a_bad_recipe_is_exit_code_2_and_all_its_problems(call, tmp_path):
+    text = (
+        RECIPE.replace("hidden_size", "hiden_size").replace("perplexity", "perplexty").replace("3e-2", "-1")
+    )
+    (tmp_path / "bad.toml").write_text(text)
+    code, out, err = call("run", "bad.toml")
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert len(lines) == 3
+    numbered = text.splitlines()
+    for key, hint in (
+        ("hiden_size", "hidden_size"),
+        ("perplexty", "perplexity"),
+        ("lr = -1", "greater than 0"),
+    ):
+        number = next(n for n, line in enumerate(numbered, 1) if key in line)
+        assert [one for one in lines if one.startswith(f"error: bad.toml:{number}: ") and hint in one], key
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_cannot_train_here_is_exit_code_2(call, tmp_path):
+    code, _, err = call("run", "tiny.toml", "--set", "backbone.vocab_size=100", "--out", "o")
+    assert code == 2
+    assert "vocab_size = 100" in err
+    code, _, err = call("run", "tiny.toml", "--set", "run.device=tpu", "--out", "o")
+    assert code == 2
+    assert "run.device = 'tpu'" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = call("run", "tiny.toml", "--out", "file")
+    assert code == 2
+    assert "file" in err
+
+
+# ── generate ──────────────────────────────────────────────────────────────────────────────────────
+def test_generate_continues_the_prompt_and_a_seed_repeats_it(call, trained):
+    common = ("generate", trained, "--prompt", "def ", "--max-new-tokens", "20")
+    texts = [call(*common, "--seed", seed)[1] for seed in ("1", "1", "2", "3")]
+    assert all(text.startswith("def ") and text.endswith("\n") for text in texts)
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+    greedy = [call(*common, "--temperature", "0")[1] for _ in range(2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_from_one_checkpoint(call, trained):
+    arguments = ("--prompt", "def ", "--max-new-tokens", "8", "--temperature", "0")
+    assert call("generate", trained / "checkpoints" / "step-00000008", *arguments) == call(
+        "generate", trained, *arguments
+    )
+
+
+class Recorder(io.StringIO):
+    """Remembers what had been written at each flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def flush(self):
+        self.seen.append(self.getvalue())
+
+
+def test_generate_streams(trained, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(sys, "stdout", recorder)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", str(trained), "--prompt", "ab", "--max-new-tokens", "20", "--temperature", "0"])
+    assert not stop.value.code
+    monkeypatch.undo()
+    lengths = sorted({len(text) for text in recorder.seen})
+    assert len(lengths) >= 5, "text comes as it is decoded, not at the end"
+    assert all(recorder.getvalue().startswith(text) for text in recorder.seen)
+
+
+def test_generate_shows_what_the_python_api_computes(call, trained):
+    _, out, _ = call("generate", trained, "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0")
+    codec = lattice.codec_of(trained)
+    ids = torch.tensor(codec.encode_batch(["def "]))
+    expected = lattice.generate(lattice.load(trained), ids, 12, eos_id=codec.eos_id)[0].tolist()
+    assert out.rstrip("\n") == codec.decode(expected).rstrip("\ufffd\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "x" * 60, "--max-new-tokens", "5"), "a prompt of 60 tokens and 5 new ones do not fit"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--temperature", "-1"), "temperature = -1.0: must be at least 0"),
+        (("--prompt", "a", "--top-p", "2"), "top_p = 2.0: must be in (0, 1]"),
+        (("--prompt", "a", "--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
+        (("--prompt", "a", "--device", "tpu"), "tpu"),
+        ((), "--prompt"),
+    ],
+)
+def test_what_cannot_be_generated(arguments, message, call, trained):
+    code, out, err = call("generate", trained, *arguments)
+    assert code == 2
+    assert message in err
+    assert out == "", "nothing is printed before it is known that the text fits"
+
+
+# ── export ────────────────────────────────────────────────────────────────────────────────────────
+def test_export_is_a_directory_that_transformers_loads(call, trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    code, out, err = call("export", trained, "--out", "hf")
+    assert code == 0, err
+    assert "wrote hf" in out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ours = lattice.from_pretrained(tmp_path / "hf")
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert torch.allclose(ours(ids).logits, expected, atol=1e-5)
+        thinking = lattice.load(trained)
+        assert not torch.allclose(thinking(ids).logits, expected, atol=1e-3), "their model does not think"
+        again = lattice.from_pretrained(tmp_path / "hf", {"kind": "latent_thoughts"})
+        assert torch.equal(again(ids).logits, thinking(ids).logits)
+
+
+# ── what is not there ─────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "nowhere.toml"),
+        ("show", "nowhere.toml"),
+        ("generate", "nowhere", "--prompt", "a"),
+        ("export", "nowhere", "--out", "hf"),
+        ("run", "."),
+    ],
+)
+def test_missing_files_are_named(arguments, call, tmp_path):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert f"'{arguments[1]}'" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.parametrize("arguments", [("runn", "tiny.toml"), ("run",), ("show", "tiny.toml", "--orign")])
+def test_a_mistyped_command_is_exit_code_2(arguments, call):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "lattice", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == lattice.__version__
