@@ -32,7 +32,9 @@ FACTS = "facts.json"
 @register("checkpoint", "dcp")
 @dataclass(frozen=True, kw_only=True)
 class DcpCheckpoint(Checkpoint):
-    """Needs room for `keep` + 1 checkpoints on the disk and for one copy of the state in CPU memory."""
+    """Sharded safetensors checkpoints, written beside the training, whole or not at all.
+
+    Needs room for `keep` + 1 checkpoints on the disk and for one copy of the state in CPU memory."""
 
     every: int = 1000
     """Steps between checkpoints."""

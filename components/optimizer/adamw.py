@@ -16,7 +16,9 @@ _FUSED_ON = {"cuda", "cpu"}
 @register("optimizer", "adamw")
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """Matrices decay, and so do embeddings; norms and biases do not.
+    """AdamW (arXiv 1711.05101), fused where there is one.
+
+    Matrices decay, and so do embeddings; norms and biases do not.
 
     This is the division of GPT-NeoX, hence of Pythia (`get_params_for_weight_decay_optimization` in its
     megatron/model/utils.py: all but norm layers and biases decay). Here it goes by the number of dimensions:

@@ -13,7 +13,7 @@ from lattice.registry import register
 @register("schedule", "cosine")
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """The defaults are Pythia's."""
+    """Linear warm-up, then half a cosine down to the floor; the defaults are Pythia's."""
 
     warmup: float = 0.01
     """Fraction of the steps."""

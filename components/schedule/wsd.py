@@ -18,6 +18,8 @@ from lattice.registry import register
 @register("schedule", "wsd")
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay(Schedule):
+    """Linear warm-up, a constant rate, and a decay over the last steps."""
+
     warmup: float = 0.01
     """Fraction of the steps."""
     decay: float = 0.2

@@ -230,3 +230,12 @@ def test_components_are_plain_data():
             assert cls.__dataclass_params__.frozen
             assert cls.__dataclass_params__.eq
             assert all(option.kw_only for option in dataclasses.fields(cls) if option.init)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_shipped_kind_says_what_it_is(role):
+    """`lattice components` shows the first line; a dataclass without one shows its signature instead."""
+    for kind, cls in registry.kinds(role).items():
+        first = (cls.__doc__ or "").splitlines()[0]
+        assert first.endswith((".", ":")) or len(first) > 60, (kind, first)
+        assert not first.startswith(f"{cls.__name__}("), kind
