@@ -123,7 +123,8 @@ def generate(
     """Prompts (B, L) and what follows them, (B, L + at most max_new_tokens).
 
     `temperature = 0` is greedy. After `eos_id` a row holds nothing but `eos_id`, and when all rows have
-    ended so does the loop. `vocab_size` is the tokenizer's, where the model's is padded. See `stream` for the rest and for the errors.
+    ended so does the loop. `vocab_size` is the tokenizer's, where the model's is padded. See
+    `stream` for the rest and for the errors.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, vocab_size=vocab_size)
     out_BL, ended_B1 = [input_ids], torch.zeros_like(input_ids[:, :1], dtype=torch.bool)
