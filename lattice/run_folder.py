@@ -97,9 +97,10 @@ def _leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def provenance() -> str:
     """Versions and commit, as TOML comments."""
-    names = ("lattice", "torch", "torchdata", "safetensors", "tokenizers", "numpy")
+    names = ("lattice", "torchdata", "safetensors", "tokenizers", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    lines = [f"python {platform.python_version()}, {versions}"]
+    # torch's own attribute names the build as well: 2.11.0+cu130
+    lines = [f"python {platform.python_version()}, torch {torch.__version__}, {versions}"]
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

@@ -21,6 +21,7 @@ from lattice.shard_writer import MANIFEST, SplitWriter, manifest
 EXCLUDED = {
     "__pycache__",
     "dist-packages",
+    "encodings",  # tables of characters, not prose and code
     "idlelib",
     "lib2to3",
     "pydoc_data",
@@ -42,7 +43,7 @@ class Embedded(Data):
     """
 
     megabytes: float = 8.0
-    """Millions of bytes of text to use, whole files; all of it is about 11."""
+    """Millions of bytes of text to use, whole files; all of it is about 9."""
     validation_fraction: float = 0.05
     """Share of the text to validate on: whole files, chosen by a hash of their text."""
 
