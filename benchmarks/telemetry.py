@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 import lattice
-from lattice.components.recurrence import latent_thoughts
+from lattice.components.recurrence._convergence import Convergence
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
@@ -42,7 +42,7 @@ def main() -> None:
 
     model = lattice.build_model(RECIPE)
     ids_BL = torch.randint(0, model.shape.vocab_size, (16, 128))
-    without = mock.patch.object(latent_thoughts, "relative_change", return_value=torch.zeros(()))
+    without = mock.patch.object(Convergence, "watch", return_value=False)
     seconds_of_a_step(model, ids_BL)  # warm-up
     ratios, plain = [], []
     for _ in range(arguments.pairs):

@@ -1,32 +1,173 @@
-"""Keys and values of earlier slots, for decoding.
+"""Keys and values indexed by slot: for decoding, for prefill, and for solvers that sweep over stages.
+
+A pass writes the keys and values of its slots; slots that were written before are replaced. Filled under
+autograd, gradients flow through every key that was read, fresh or stale.
 
 Shapes: B batch, H key/value heads, S slots, E head size.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 
 from lattice.slots import Slots
 
+Pair = tuple[Tensor, Tensor]
 
-class LayerCache:
-    """Keys and values of one layer, in a buffer that doubles when it is full."""
+
+class LayerCache(Protocol):
+    """What one pass sees of the keys and values of one layer."""
+
+    def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
+        """Writes those of the pass's own slots; returns those of all slots."""
+        ...
+
+
+class Segment(NamedTuple):
+    """Slots that one pass writes: some stages, from first_stage on, of tokens first .. stop - 1."""
+
+    first: int
+    stop: int
+    first_stage: int
+    stages: int
+
+    @property
+    def size(self) -> int:
+        return (self.stop - self.first) * self.stages
+
+
+class KVCache:
+    """The keys and values of all layers, and the slots they belong to.
+
+    `gradients` keeps what autograd needs; without it they lie in buffers that are written in place.
+    """
+
+    def __init__(self, num_layers: int, *, gradients: bool = False) -> None:
+        self._layers = [_Pieces() if gradients else _Buffer() for _ in range(num_layers)]
+        self._gradients = gradients
+        self._starts: dict[Segment, int] = {}
+        self._stages: dict[tuple[int, int], int] = {}
+        self._later: dict[int, KVCache] = {}
+        self._held_B: Tensor | None = None
+        self.slots: Slots | None = None
+        self.last_stage = 0
+        """The highest stage that any slot has."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens cached so far."""
+        return 0 if self.slots is None else self.slots.stop
+
+    @property
+    def segments(self) -> int:
+        """How many passes added slots; with a segment it determines which slots are there."""
+        return len(self._starts)
+
+    def of_pass(self, index: int) -> KVCache:
+        """The keys and values of the index-th pass over the same slots, for a recurrence that sends a slot
+        through the layers several times, each time with other inputs. Pass 0 is this cache itself."""
+        if index == 0:
+            return self
+        if index not in self._later:
+            self._later[index] = KVCache(len(self._layers), gradients=self._gradients)
+        return self._later[index]
+
+    def holds(self, segment: Segment) -> bool:
+        return segment in self._starts
+
+    def place(self, segment: Segment, slots: Slots) -> Slots:
+        """Makes room for a pass over `slots`, or finds the room they have; returns all slots.
+
+        Tokens come in order, and so do the stages of the same tokens. Raises ValueError for slots that
+        overlap others, or leave a gap: those of a cache of another layout.
+        """
+        if segment in self._starts:
+            assert self.slots is not None
+            return self.slots
+        tokens = (segment.first, segment.stop)
+        expected = self._stages.get(tokens, 0)
+        if segment.first_stage != expected or (not expected and segment.first != self.tokens):
+            raise ValueError(
+                f"a cache of another layout: it holds {self.tokens} tokens, and {expected} stages of tokens "
+                f"{segment.first} to {segment.stop - 1}; slots of stage {segment.first_stage} cannot follow"
+            )
+        self._starts[segment] = 0 if self.slots is None else len(self.slots.token_S)
+        self._stages[tokens] = segment.first_stage + segment.stages
+        self.last_stage = max(self.last_stage, self._stages[tokens] - 1)
+        self.slots = slots if self.slots is None else self.slots.followed_by(slots)
+        return self.slots
+
+    def layers(self, segment: Segment, start: int, stop: int | None) -> list[LayerCache]:
+        """For a pass of layers [start, stop) over a segment that has its place."""
+        at = self._starts[segment]
+        return [layer.opened(at, segment.size, self._held_B) for layer in self._layers[start:stop]]
+
+    def hold(self, rows_B: Tensor | None) -> None:
+        """From now on, keys and values of these rows (True) that are there are not replaced."""
+        self._held_B = rows_B
+
+    def repeat(self, source: KVCache, segment: Segment) -> None:
+        """Gives a segment the keys and values that it has in `source`."""
+        assert source.slots is not None
+        at, size = source._starts[segment], segment.size
+        if segment not in self._starts:
+            queries = source.slots.part(at, at + size, segment.stop)
+            self.place(segment, queries)
+        for mine, layer in zip(self.layers(segment, 0, None), source._layers, strict=True):
+            if (pair := layer.read(at, size)) is not None:
+                mine.append(*pair)
+
+    def real_tokens(self) -> Tensor | None:
+        """(B,): how many tokens of each row are no padding; None where nothing was padded."""
+        if self.slots is None or self.slots.real_BS is None:
+            return None
+        first_stage_S = self.slots.stage_S == 0
+        return torch.sum(self.slots.real_BS[:, first_stage_S], dim=1)
+
+
+def _keep(held_B: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    return new if held_B is None else torch.where(held_B[:, None, None, None], old, new)
+
+
+class _Buffer:
+    """One layer's keys and values, in memory that doubles when it is full."""
 
     def __init__(self) -> None:
         self._keys_BHSE: Tensor | None = None
         self._values_BHSE: Tensor | None = None
         self._length = 0
 
-    def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds those of new slots; returns those of all slots so far."""
-        start, self._length = self._length, self._length + keys_BHSE.shape[2]
+    def opened(self, start: int, size: int, held_B: Tensor | None) -> LayerCache:
+        return _BufferAt(self, start, held_B)
+
+    def read(self, start: int, size: int) -> Pair | None:
+        if self._keys_BHSE is None or self._values_BHSE is None or start + size > self._length:
+            return None
+        at = slice(start, start + size)
+        return self._keys_BHSE[:, :, at], self._values_BHSE[:, :, at]
+
+    def write(self, start: int, held_B: Tensor | None, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
+        size = keys_BHSE.shape[2]
+        if held_B is not None and (old := self.read(start, size)) is not None:
+            keys_BHSE, values_BHSE = _keep(held_B, old[0], keys_BHSE), _keep(held_B, old[1], values_BHSE)
+        self._length = max(self._length, start + size)
         self._keys_BHSE = _room(self._keys_BHSE, keys_BHSE, self._length)
         self._values_BHSE = _room(self._values_BHSE, values_BHSE, self._length)
-        self._keys_BHSE[:, :, start : self._length] = keys_BHSE
-        self._values_BHSE[:, :, start : self._length] = values_BHSE
+        self._keys_BHSE[:, :, start : start + size] = keys_BHSE
+        self._values_BHSE[:, :, start : start + size] = values_BHSE
         return self._keys_BHSE[:, :, : self._length], self._values_BHSE[:, :, : self._length]
+
+
+class _BufferAt(NamedTuple):
+    buffer: _Buffer
+    start: int
+    held_B: Tensor | None
+
+    def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
+        return self.buffer.write(self.start, self.held_B, keys_BHSE, values_BHSE)
 
 
 def _room(buffer: Tensor | None, like_BHSE: Tensor, needed: int) -> Tensor:
@@ -39,26 +180,35 @@ def _room(buffer: Tensor | None, like_BHSE: Tensor, needed: int) -> Tensor:
     return grown
 
 
-class KVCache:
-    """The caches of all layers and the slots they hold. Filled without gradients."""
+class _Pieces:
+    """One layer's keys and values as autograd made them, a piece for each segment, never written in place."""
 
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(num_layers)]
-        self.slots: Slots | None = None
+    def __init__(self) -> None:
+        self.pieces: dict[int, Pair] = {}
 
-    @property
-    def tokens(self) -> int:
-        """Tokens cached so far."""
-        return 0 if self.slots is None else self.slots.stop
+    def opened(self, start: int, size: int, held_B: Tensor | None) -> LayerCache:
+        return _PiecesAt(self, start, held_B)
 
-    def extend(self, slots: Slots) -> Slots:
-        """Notes that `slots` come next; returns all slots. Called once a pass, before the layers append."""
-        self.slots = slots if self.slots is None else self.slots.followed_by(slots)
-        return self.slots
+    def read(self, start: int, size: int) -> Pair | None:
+        return self.pieces.get(start)
 
-    def real_tokens(self) -> Tensor | None:
-        """(B,): how many tokens of each row are no padding; None where nothing was padded."""
-        if self.slots is None or self.slots.real_BS is None:
-            return None
-        first_stage_S = self.slots.stage_S == 0
-        return torch.sum(self.slots.real_BS[:, first_stage_S], dim=1)
+
+class _PiecesAt:
+    """A pass's view. It remembers what it found, so that a pass that is computed again in the backward pass
+    (activation checkpointing) reads the same, whatever later passes have replaced."""
+
+    def __init__(self, layer: _Pieces, start: int, held_B: Tensor | None) -> None:
+        self._layer, self._start, self._held_B = layer, start, held_B
+        self._found = layer.pieces
+
+    def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
+        if self._held_B is not None and (old := self._found.get(self._start)) is not None:
+            keys_BHSE = _keep(self._held_B, old[0], keys_BHSE)
+            values_BHSE = _keep(self._held_B, old[1], values_BHSE)
+        pieces = {**self._found, self._start: (keys_BHSE, values_BHSE)}
+        if self._layer.pieces is self._found:
+            self._layer.pieces = pieces
+        if len(pieces) == 1:
+            return keys_BHSE, values_BHSE
+        keys, values = zip(*(pieces[start] for start in sorted(pieces)), strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)

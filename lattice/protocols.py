@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, n stages a token, S = L·n slots, D hidden, V vocabul
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -50,6 +51,15 @@ class Initialization:
     truncate: float | None = None
     """Cut the normal distribution at this many standard deviations."""
 
+    @staticmethod
+    def scaled(shape: Shape, additions: int) -> Initialization:
+        """That of the latent thoughts (PonderLM-2, arXiv 2509.23184): with embeddings scaled by sqrt(2.5 D)
+        a token has the unit scale of a normalised hidden state. `additions` is how often a layer adds to what
+        is read in the end: slots of a token, or passes of a residual stream through the layers."""
+        std = math.sqrt(2 / (5 * shape.hidden_size))
+        residual_std = std / math.sqrt(2 * shape.num_layers * additions)
+        return Initialization(std=std, residual_std=residual_std, truncate=3.0)
+
 
 @dataclass(frozen=True)
 class Unrolled:
@@ -61,42 +71,52 @@ class Unrolled:
 
 
 class Unroll(Protocol):
-    """A recurrence bound to one backbone shape."""
+    """A recurrence bound to one backbone shape; a module, if it has parameters of its own."""
 
+    @abstractmethod
     def __call__(
         self, stack: Stack, ids_BL: Tensor, *, draw: Draw | None = None, cache: KVCache | None = None
     ) -> Unrolled:
-        """All tokens in parallel. `draw` gives the random counts of a training step; None the fixed ones
-        of evaluation. A `cache`, empty on entry, is filled with the keys and values of the last pass."""
+        """All tokens in parallel. `draw` gives the random counts of a training step; None the fixed ones of
+        evaluation. To a `cache` the keys and values of the slots that later tokens look at are written."""
         ...
 
     def step(self, stack: Stack, ids_B1: Tensor, cache: KVCache) -> Tensor:
-        """One token, strictly in sequence, after those in `cache`: hidden_B1D that predicts the next."""
-        ...
+        """One token, strictly in sequence, after those in `cache`: hidden_B1D that predicts the next.
+
+        As it stands: for a kind whose parallel evaluation is its definition.
+        """
+        return self(stack, ids_B1, cache=cache).hidden_BLD
 
 
 class Recurrence(Protocol):
     """How the model thinks before each token."""
 
     @property
-    @abstractmethod
     def slots(self) -> int:
         """Slots a token occupies in the last pass, and in the cache."""
+        return 1
 
     @property
-    @abstractmethod
     def parallel_is_exact(self) -> bool:
         """Whether the parallel evaluation is the definition itself, so that prefill may use it."""
+        return True
 
     @abstractmethod
-    def token_passes(self, *, training: bool) -> float:
+    def token_passes(self, shape: Shape, *, training: bool) -> float:
         """Mean number of slots sent through the layers, for each token of the sequence."""
 
-    @abstractmethod
-    def initialization(self, shape: Shape) -> Initialization: ...
+    def initialization(self, shape: Shape) -> Initialization:
+        """How the backbone's weights are drawn."""
+        return Initialization.scaled(shape, 1)
+
+    def reserved_ids(self, shape: Shape) -> tuple[int, ...]:
+        """Rows of the embedding table that the recurrence uses and no text may."""
+        return ()
 
     @abstractmethod
-    def build(self, shape: Shape) -> Unroll: ...
+    def build(self, shape: Shape) -> Unroll:
+        """Raises ValueError, beginning with the option's name, for options that this shape does not allow."""
 
 
 # ── model ─────────────────────────────────────────────────────────────────────────────────────────

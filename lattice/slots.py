@@ -31,6 +31,11 @@ class Tokens:
     real_BL: Tensor | None = None
     """False for padding; None where nothing is padded."""
 
+    @property
+    def first(self) -> int:
+        """The place of the first token."""
+        return self.stop - len(self.index_L)
+
     @staticmethod
     def of(
         ids_BL: Tensor,
@@ -96,6 +101,21 @@ class Slots:
         """(Q, K): True where a key is the query itself."""
         return (keys.token_S[None] == self.token_S[:, None]) & (keys.stage_S[None] == self.stage_S[:, None])
 
+    def part(self, start: int, end: int, stop: int) -> Slots:
+        """The slots at indices start .. end - 1; `stop` is the place after their last token."""
+
+        def cut(values: Tensor | None) -> Any:
+            return None if values is None else values[..., start:end]
+
+        return Slots(
+            cut(self.token_S),
+            stop,
+            cut(self.stage_S),
+            cut(self.position_BS),
+            cut(self.document_BS),
+            cut(self.real_BS),
+        )
+
     def followed_by(self, more: Slots) -> Slots:
         """These slots and then `more`, as a cache grows."""
 
@@ -108,7 +128,7 @@ class Slots:
 
         return Slots(
             torch.cat([self.token_S, more.token_S]),
-            more.stop,
+            max(self.stop, more.stop),
             torch.cat([self.stage_S, more.stage_S]),
             join(self.position_BS, more.position_BS),
             join(self.document_BS, more.document_BS),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lattice.cache import KVCache
+from lattice.cache import KVCache, Segment
 from lattice.decoder import AttentionMask, Decoder, Rotary
 from lattice.protocols import ActivationCheckpoint, Mask
 from lattice.slots import Slots, Tokens
@@ -17,7 +17,7 @@ from lattice.slots import Slots, Tokens
 class Stack:
     """Embedding, layers, norm and head of one backbone, over the tokens of one batch.
 
-    Masks and rotary tables are built once for each number of stages and used by every pass.
+    Masks and rotary tables are built once for each layout and used by every pass.
     """
 
     def __init__(
@@ -27,8 +27,8 @@ class Stack:
         self._mask = mask
         self._checkpointing = checkpointing
         self._tokens = tokens
-        self._layouts: dict[tuple[int, int], tuple[Slots, AttentionMask]] = {}
-        self._rotary: dict[tuple[int, int], Rotary] = {}
+        self._masks: dict[tuple[int, Segment, int], AttentionMask] = {}
+        self._rotary: dict[int, Rotary] = {}
 
     @property
     def num_layers(self) -> int:
@@ -49,6 +49,19 @@ class Stack:
         logits: Tensor = self._decoder.head(hidden)
         return logits
 
+    @property
+    def real_BL(self) -> Tensor | None:
+        """False for padding; None where nothing is padded."""
+        return self._tokens.real_BL
+
+    def cache(self) -> KVCache:
+        """An empty cache, through which gradients flow where they are enabled."""
+        return KVCache(self.num_layers, gradients=torch.is_grad_enabled())
+
+    def segment(self, stages: int, first_stage: int = 0) -> Segment:
+        """What a pass over these stages writes to a cache."""
+        return Segment(self._tokens.first, self._tokens.stop, first_stage, stages)
+
     def run(
         self,
         slots_BLnD: Tensor,
@@ -62,52 +75,56 @@ class Stack:
         """One pass of layers [start, stop) over the interleaved slots; with `norm`, then the final norm.
 
         The stages given are first_stage .. first_stage + n - 1. With a `cache` the slots also attend to
-        what it holds, and their own keys and values are added to it.
+        what it holds, as far as the mask lets them, and their keys and values are written to it, in place
+        of those that the same slots had there.
         """
         batch, length, stages, size = slots_BLnD.shape
-        slots, mask = self._layout(stages, first_stage, cache)
-        rotary = self._rotary_for(stages, first_stage, slots, slots_BLnD)
+        segment = self.segment(stages, first_stage)
+        mask = self._attention_mask(segment, cache)
+        rotary = self._rotary_for(stages, slots_BLnD)
         blocks = self._decoder.blocks[start:stop]
-        caches = [None] * len(blocks) if cache is None else cache.layers[start:stop]
+        caches = [None] * len(blocks) if cache is None else cache.layers(segment, start, stop)
 
         def whole_pass(hidden_BSD: Tensor) -> Tensor:
             for block, layer_cache in zip(blocks, caches, strict=True):
-                call = self._checkpointing.block(block) if layer_cache is None else block
-                hidden_BSD = call(hidden_BSD, rotary, mask, layer_cache)
+                hidden_BSD = self._checkpointing.block(block)(hidden_BSD, rotary, mask, layer_cache)
             return self._final_norm(hidden_BSD) if norm else hidden_BSD
 
-        call = self._checkpointing.whole_pass(whole_pass) if cache is None else whole_pass
+        call = self._checkpointing.whole_pass(whole_pass)
         return call(slots_BLnD.flatten(1, 2)).view(batch, length, stages, size)
 
     def _final_norm(self, hidden_BSD: Tensor) -> Tensor:
         normed: Tensor = self._decoder.final_norm(hidden_BSD)
         return normed
 
-    def _layout(self, stages: int, first_stage: int, cache: KVCache | None) -> tuple[Slots, AttentionMask]:
-        key = (stages, first_stage)
-        if cache is not None:
-            slots = Slots.interleaved(self._tokens, stages, first_stage)
-            return slots, self._attention_mask(slots, cache.extend(slots))
-        if key not in self._layouts:
-            slots = Slots.interleaved(self._tokens, stages, first_stage)
-            self._layouts[key] = slots, self._attention_mask(slots, slots)
-        return self._layouts[key]
+    def _attention_mask(self, segment: Segment, cache: KVCache | None) -> AttentionMask:
+        """Built once for each layout of queries and keys."""
+        newest = cache is None or not cache.holds(segment)
+        key = (id(cache), segment, 0 if cache is None else cache.segments)
+        if key in self._masks and (cache is None or not newest):
+            return self._masks[key]
+        queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
+        keys = queries if cache is None else cache.place(segment, queries)
+        mask = self._built_mask(queries, keys, newest=newest)
+        self._masks[id(cache), segment, 0 if cache is None else cache.segments] = mask
+        return mask
 
-    def _attention_mask(self, queries: Slots, keys: Slots) -> AttentionMask:
+    def _built_mask(self, queries: Slots, keys: Slots, *, newest: bool) -> AttentionMask:
+        """`newest`: the queries are the last of the keys, in causal order."""
         allowed = self._mask.allowed(queries, keys)
         if allowed is None:
-            if len(queries.token_S) == len(keys.token_S):
+            if newest and len(queries.token_S) == len(keys.token_S):
                 return AttentionMask(causal=True)
-            if len(queries.token_S) == 1:
+            if newest and len(queries.token_S) == 1:
                 return AttentionMask(causal=False)
             allowed = queries.before_or_at(keys)[None]
         return AttentionMask(causal=False, allowed=allowed[:, None])
 
-    def _rotary_for(self, stages: int, first_stage: int, slots: Slots, like: Tensor) -> Rotary:
-        key = (stages, first_stage)
-        if key not in self._rotary:
+    def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
+        if stages not in self._rotary:
             device = like.device.type
             autocast = device != "meta" and torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
-            self._rotary[key] = self._decoder.rotary(slots.position_BS, dtype)
-        return self._rotary[key]
+            position_BS = Slots.interleaved(self._tokens, stages).position_BS
+            self._rotary[stages] = self._decoder.rotary(position_BS, dtype)
+        return self._rotary[stages]

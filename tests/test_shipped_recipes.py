@@ -53,4 +53,4 @@ def test_the_papers_settings():
     assert recipe.run.sequence_tokens == 2048
     recurrence = recipe.component("recurrence")
     assert (recurrence.thoughts, recurrence.jacobi.train, recurrence.jacobi.eval) == (1, (2, 4), 3)
-    assert recurrence.token_passes(training=False) == 9
+    assert recurrence.token_passes(recipe.component("backbone").shape, training=False) == 9

@@ -25,15 +25,7 @@ class NoRecurrence(Recurrence):
         if self.initializer_range <= 0:
             raise ValueError(f"initializer_range = {self.initializer_range}: must be greater than 0")
 
-    @property
-    def slots(self) -> int:
-        return 1
-
-    @property
-    def parallel_is_exact(self) -> bool:
-        return True
-
-    def token_passes(self, *, training: bool) -> float:
+    def token_passes(self, shape: Shape, *, training: bool) -> float:
         return 1.0
 
     def initialization(self, shape: Shape) -> Initialization:
@@ -47,8 +39,5 @@ class OnePass(Unroll):
     def __call__(
         self, stack: Stack, ids_BL: Tensor, *, draw: Draw | None = None, cache: KVCache | None = None
     ) -> Unrolled:
-        slots_BLnD = stack.embed(ids_BL).unsqueeze(2)
-        return Unrolled(stack.run(slots_BLnD, cache=cache).squeeze(2))
-
-    def step(self, stack: Stack, ids_B1: Tensor, cache: KVCache) -> Tensor:
-        return self(stack, ids_B1, cache=cache).hidden_BLD
+        slots_BL1D = stack.embed(ids_BL).unsqueeze(2)
+        return Unrolled(stack.run(slots_BL1D, cache=cache).squeeze(2))

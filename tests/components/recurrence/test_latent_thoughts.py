@@ -13,8 +13,10 @@ import lattice
 from lattice.cache import KVCache
 from lattice.components.recurrence.latent_thoughts import Jacobi, LatentThoughts
 from lattice.draws import Draw
+from lattice.protocols import Shape
 
 VOCABULARY = 29
+SHAPE = Shape(hidden_size=16, num_layers=2, vocab_size=VOCABULARY, context=32)
 BACKBONES = {
     "gpt_neox": {
         "kind": "gpt_neox",
@@ -175,7 +177,7 @@ def test_no_thoughts_are_the_plain_model(backbone):
         output = empty(ids, attention_mask=mask)
         torch.testing.assert_close(output.logits, plain(ids, attention_mask=mask).logits, atol=1e-12, rtol=0)
         assert output.telemetry == {}
-    assert empty.recurrence.token_passes(training=True) == 1
+    assert empty.recurrence.token_passes(SHAPE, training=True) == 1
     assert empty.recurrence.parallel_is_exact
 
 
@@ -188,8 +190,8 @@ def test_default_scale():
 @pytest.mark.parametrize(("thoughts", "passes"), [(0, 1), (1, 9), (2, 15), (3, 22)])
 def test_token_passes(thoughts, passes):
     recurrence = LatentThoughts(thoughts=thoughts)
-    assert recurrence.token_passes(training=False) == passes
-    assert recurrence.token_passes(training=True) == passes  # the mean of 2..4 is 3
+    assert recurrence.token_passes(SHAPE, training=False) == passes
+    assert recurrence.token_passes(SHAPE, training=True) == passes  # the mean of 2..4 is 3
     assert recurrence.slots == thoughts + 1
     assert recurrence.parallel_is_exact == (thoughts == 0)
 
@@ -223,7 +225,7 @@ def test_as_many_passes_as_drawn(backbone, thoughts):
             assert (passes, slots) == (1, 1)
         seen.add(passes)
     assert len(seen) == (4 if thoughts else 1)
-    assert counted_passes(model, ids)[1] == model.recurrence.token_passes(training=False)
+    assert counted_passes(model, ids)[1] == model.recurrence.token_passes(SHAPE, training=False)
 
 
 @settings(max_examples=50, deadline=None)

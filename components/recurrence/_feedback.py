@@ -1,0 +1,46 @@
+"""What a hidden state becomes as an input: itself, or the mixture of embeddings that it predicts.
+
+Shapes: D hidden, V vocabulary, k candidates, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lattice.stack import Stack
+
+Feedback = Callable[[Stack, Tensor], Tensor]
+FeedbackName = Literal["hidden", "softmax"]
+
+
+def check_top_k(top_k: int | None) -> None:
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k}: must be at least 1")
+
+
+def hidden(stack: Stack, hidden_D: Tensor) -> Tensor:
+    """The hidden state itself (PonderLM-2, arXiv 2509.23184)."""
+    return hidden_D
+
+
+def softmax_mixture(scale: float, top_k: int | None) -> Feedback:
+    """softmax(W h) times the scaled embedding table (PonderLM, arXiv 2505.20674), over the `top_k` largest
+    logits alone if given. (…, D) -> (…, D)."""
+
+    def mixture(stack: Stack, hidden_D: Tensor) -> Tensor:
+        logits = stack.logits(hidden_D)
+        if top_k is None or top_k >= logits.shape[-1]:
+            return (logits.softmax(dim=-1) @ stack.table_VD) * scale
+        top, ids = logits.topk(top_k, dim=-1)
+        table_VD = stack.table_VD
+        weights_Nk = top.softmax(dim=-1).flatten(0, -2).to(table_VD.dtype)
+        # A weighted bag of rows: the rows of all slots are never held at once.
+        mixed_ND = F.embedding_bag(ids.flatten(0, -2), table_VD, per_sample_weights=weights_Nk, mode="sum")
+        return mixed_ND.view(hidden_D.shape).to(torch.promote_types(hidden_D.dtype, logits.dtype)) * scale
+
+    return mixture
