@@ -104,7 +104,7 @@ class LanguageModel(nn.Module):
         if input_ids.shape[1] < 1:
             raise ValueError("input_ids: the prompt is empty; must have at least one token")
         self._check_length(input_ids.shape[1])
-        cache = KVCache(self.shape.num_layers)
+        cache = self.cache()
         if parallel or self.recurrence.parallel_is_exact:
             stack = self._stack(Tokens.of(input_ids, attention_mask))
             hidden_BLD = self.unroll(stack, input_ids, cache=cache).hidden_BLD
@@ -115,12 +115,23 @@ class LanguageModel(nn.Module):
             logits_BV = self.step(input_ids[:, at : at + 1], cache, present)
         return logits_BV, cache
 
+    def cache(self) -> KVCache:
+        """An empty cache to decode with."""
+        return KVCache(self.shape.num_layers)
+
     @torch.no_grad()
-    def step(self, ids_B1: Tensor, cache: KVCache, attention_mask_B1: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        ids_B1: Tensor,
+        cache: KVCache,
+        attention_mask_B1: Tensor | None = None,
+        documents_B1: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, V) after one more token, its thoughts computed in sequence through the cache."""
         first = cache.tokens
         self._check_length(first + 1)
-        tokens = Tokens.of(ids_B1, attention_mask_B1, first=first, past_real_B=cache.real_tokens())
+        past_real_B = cache.real_tokens()
+        tokens = Tokens.of(ids_B1, attention_mask_B1, documents_B1, first=first, past_real_B=past_real_B)
         stack = self._stack(tokens)
         return stack.logits(self.unroll.step(stack, ids_B1, cache)[:, -1])
 
