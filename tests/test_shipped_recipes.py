@@ -37,13 +37,26 @@ def test_pythia_has_the_published_number_of_parameters(size):
     assert sum(parameter.numel() for parameter in model.parameters()) == PYTHIA[size]
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith("_lt.toml")])
-def test_latent_thoughts_differ_from_the_plain_recipe_by_the_recurrence_alone(name):
-    plain = lattice.load_recipe(RECIPES / name.replace("_lt", "")).table()
+THINKING = [name for name in SHIPPED if name.startswith(("pythia", "llama")) and name.count("_") > 1]
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_recipes_differ_from_the_plain_one_by_the_recurrence_alone(name):
+    family, size, _ = name.split("_", maxsplit=2)
+    plain = lattice.load_recipe(RECIPES / f"{family}_{size}.toml").table()
     thinking = lattice.load_recipe(RECIPES / name).table()
-    assert thinking.pop("recurrence")["kind"] == "latent_thoughts"
+    assert thinking.pop("recurrence")["kind"] != "none"
     assert plain.pop("recurrence")["kind"] == "none"
     assert thinking == plain
+
+
+def test_every_kind_of_recurrence_has_a_recipe():
+    shown = {lattice.load_recipe(RECIPES / name).component("recurrence").kind for name in SHIPPED}
+    assert shown == {
+        kind
+        for kind, cls in lattice.registry.kinds("recurrence").items()
+        if cls.__module__.startswith("lattice.components")
+    }
 
 
 def test_the_papers_settings():
