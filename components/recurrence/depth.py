@@ -150,4 +150,4 @@ class Repeating(nn.Module, Unroll):
         if self.adapter is None:
             return state_BL1D + prelude_BL1D
         injected: Tensor = self.adapter(torch.cat([state_BL1D, prelude_BL1D], dim=-1))
-        return injected
+        return injected.to(prelude_BL1D.dtype)  # the residual stream keeps its precision under autocast

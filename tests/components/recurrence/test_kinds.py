@@ -227,3 +227,23 @@ def test_depth_exits_when_a_token_has_converged(backbone):
     assert max(errors) < 0.5
     tight = tiny(backbone, {**KINDS["depth_exit"], "tolerance": 1e-12})
     torch.testing.assert_close(stepwise(tight, ids), whole(ids).logits, atol=1e-8, rtol=0)
+
+
+@both_backbones
+@all_kinds
+def test_bf16_is_fp32_to_its_precision(backbone, kind):
+    ids = some_ids(2, 6)
+    model = tiny(backbone, KINDS[kind]).float()
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(ids, targets=ids.roll(-1, 1), draw=Draw(0, 3))
+        losses.append(output.loss)
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() != losses[0].item()
+    torch.testing.assert_close(losses[1], losses[0], atol=0.1, rtol=0.02)
+    losses[1].backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = stepwise(model, ids)
+    assert (logits.float() - stepwise(model, ids)).abs().mean() < 0.1  # a top k may choose others
