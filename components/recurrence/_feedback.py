@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,14 +32,15 @@ def softmax_mixture(scale: float, top_k: int | None) -> Feedback:
     logits alone if given. (…, D) -> (…, D)."""
 
     def mixture(stack: Stack, hidden_D: Tensor) -> Tensor:
-        logits = stack.logits(hidden_D)
+        logits, table_VD = stack.logits(hidden_D), stack.table_VD
         if top_k is None or top_k >= logits.shape[-1]:
-            return (logits.softmax(dim=-1) @ stack.table_VD) * scale
-        top, ids = logits.topk(top_k, dim=-1)
-        table_VD = stack.table_VD
-        weights_Nk = top.softmax(dim=-1).flatten(0, -2).to(table_VD.dtype)
-        # A weighted bag of rows: the rows of all slots are never held at once.
-        mixed_ND = F.embedding_bag(ids.flatten(0, -2), table_VD, per_sample_weights=weights_Nk, mode="sum")
-        return mixed_ND.view(hidden_D.shape).to(torch.promote_types(hidden_D.dtype, logits.dtype)) * scale
+            mixed = logits.softmax(dim=-1) @ table_VD
+        else:
+            top, ids = logits.topk(top_k, dim=-1)
+            weights_Nk = top.softmax(dim=-1).flatten(0, -2).to(table_VD.dtype)
+            # A weighted bag of rows: the rows of all slots are never held at once.
+            bags_ND = F.embedding_bag(ids.flatten(0, -2), table_VD, per_sample_weights=weights_Nk, mode="sum")
+            mixed = bags_ND.view(hidden_D.shape)
+        return mixed.to(hidden_D.dtype) * scale  # an input keeps its precision under autocast
 
     return mixture
