@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass, a layer or a whole pass at a time.
+"""Activations computed again in the backward pass: of layers, of whole passes, or the cheap ones alone.
 
 Chen et al., arXiv 1604.06174. Gradients are exact.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lattice.protocols import ActivationCheckpoint
 from lattice.registry import register
@@ -41,8 +42,63 @@ class RecomputeBlock(ActivationCheckpoint):
 class RecomputePass(ActivationCheckpoint):
     """Keeps the input of every pass alone: memory nearly flat in the number of iterations."""
 
+    blocks: bool = False
+    """While a pass is computed again, keep the inputs of its layers alone: a layer is computed thrice."""
+
     def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return call
+        return recomputed(call) if self.blocks else call
 
     def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return recomputed(call)
+
+
+MATRIX_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation in MATRIX_PRODUCTS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _without_cast_cache(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Autocast casts a weight once and then remembers it, until the backward pass has to cast it again: the
+    operations that selective checkpointing counts would differ. Here every call casts."""
+
+    def casting(*args: Any) -> Tensor:
+        enabled = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return call(*args)
+        finally:
+            torch.set_autocast_cache_enabled(enabled)
+
+    return casting
+
+
+@register("activation_checkpoint", "selective")
+@dataclass(frozen=True, kw_only=True)
+class RecomputeSelective(ActivationCheckpoint):
+    """Keeps the results of matrix products and attention; computes again what is cheap between them."""
+
+    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if not torch.is_grad_enabled():
+            return call
+        return partial(
+            checkpoint,
+            _without_cast_cache(call),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(create_selective_checkpoint_contexts, _policy),
+        )
+
+    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return call

@@ -20,6 +20,12 @@ RECURRENCES = {
     "latent_thoughts": {"kind": "latent_thoughts", "thoughts": 2, "jacobi": {"train": [1, 3], "eval": 2}},
 }
 both_backbones = pytest.mark.parametrize("backbone", list(BACKBONES))
+CHECKPOINTING = {
+    "block": {"kind": "block"},
+    "selective": {"kind": "selective"},
+    "pass": {"kind": "pass"},
+    "pass_blocks": {"kind": "pass", "blocks": True},
+}
 both_recurrences = pytest.mark.parametrize("recurrence", list(RECURRENCES))
 
 
@@ -135,27 +141,30 @@ def loss_and_gradients(model, draw=None, autocast=False, mask=None):
 
 @both_backbones
 @both_recurrences
-@pytest.mark.parametrize("kind", ["block", "pass"])
+@pytest.mark.parametrize("kind", list(CHECKPOINTING))
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_recomputation_changes_no_gradient(backbone, recurrence, kind, autocast, padded):
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]) if padded else None
     for draw in (None, Draw(0, 1)):
         expected, gradients = loss_and_gradients(tiny(backbone, recurrence), draw, autocast, mask)
-        model = tiny(backbone, recurrence, activation_checkpoint={"kind": kind})
+        model = tiny(backbone, recurrence, activation_checkpoint=CHECKPOINTING[kind])
         output, recomputed = loss_and_gradients(model, draw, autocast, mask)
         assert torch.equal(output.loss, expected.loss)
         assert output.telemetry.keys() == expected.telemetry.keys()
         for name, gradient in gradients.items():
             assert gradient.abs().max() > 0, name
-            torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
+            if kind == "selective" and autocast:  # adds the passes' gradients in float32, not in bfloat16
+                assert (recomputed[name] - gradient).norm() < 1e-2 * gradient.norm()
+            else:
+                torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
 
 
 @both_backbones
 def test_what_is_kept_and_what_is_computed_again(backbone):
     kept, calls = {}, {}
-    for kind in ("none", "block", "pass"):
-        model = tiny(backbone, "latent_thoughts", activation_checkpoint={"kind": kind})
+    for kind, table in {"none": {"kind": "none"}, **CHECKPOINTING}.items():
+        model = tiny(backbone, "latent_thoughts", activation_checkpoint=table)
         counted, sizes = [], []
         model.decoder.blocks[1].register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
 
@@ -170,12 +179,13 @@ def test_what_is_kept_and_what_is_computed_again(backbone):
         loss.backward()
         calls[kind] = (forward, len(counted) - forward)
     passes = 2 + 2 + 1  # warm start, refinements, final pass
-    assert calls == {"none": (passes, 0), "block": (passes, passes), "pass": (passes, passes)}
-    assert kept["none"] > 1.5 * kept["block"] > 1.5 * kept["pass"]
+    again = {"none": 0, "block": 1, "selective": 1, "pass": 1, "pass_blocks": 2}
+    assert calls == {kind: (passes, times * passes) for kind, times in again.items()}
+    assert kept["none"] > 1.5 * kept["block"] > 1.5 * kept["pass"] == 1.5 * kept["pass_blocks"]
 
 
 @both_backbones
-@pytest.mark.parametrize("kind", ["block", "pass"])
+@pytest.mark.parametrize("kind", ["block", "pass", "selective"])
 def test_recomputation_leaves_evaluation_alone(backbone, kind):
     """Without gradients, and where a cache is filled, nothing is computed twice."""
     model = tiny(backbone, "latent_thoughts", activation_checkpoint={"kind": kind})
