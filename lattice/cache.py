@@ -53,8 +53,6 @@ class KVCache:
         self._later: dict[int, KVCache] = {}
         self._held_B: Tensor | None = None
         self.slots: Slots | None = None
-        self.last_stage = 0
-        """The highest stage that any slot has."""
 
     @property
     def tokens(self) -> int:
@@ -96,7 +94,6 @@ class KVCache:
             )
         self._starts[segment] = 0 if self.slots is None else len(self.slots.token_S)
         self._stages[tokens] = segment.first_stage + segment.stages
-        self.last_stage = max(self.last_stage, self._stages[tokens] - 1)
         self.slots = slots if self.slots is None else self.slots.followed_by(slots)
         return self.slots
 

@@ -6,8 +6,10 @@ Shapes: B batch, S slots, D hidden, H query heads, G key/value heads, E head siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,13 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Causal order over slots that are all queries and all keys, or (B or 1, 1, Q, K) booleans, or all."""
+    """Causal order over slots that are all queries and all keys, or booleans, or blocks, or none at all."""
 
     causal: bool
     allowed: Tensor | None = None
+    """(B or 1, 1, Q, K), True where a query may look."""
+    blocks: Any = None
+    """FlexAttention's BlockMask."""
 
 
 class Decoder(nn.Module, ABC):
@@ -107,18 +112,31 @@ def attend(
     value_BGSE: Tensor,
     rotary: Rotary,
     mask: AttentionMask,
-    cache: LayerCache | None,
+    layer_cache: LayerCache | None,
 ) -> Tensor:
     """Rotary embedding, cache and scaled dot-product attention: (B, S, H·E)."""
     query_BHSE, key_BGSE = rotate(query_BHSE, rotary), rotate(key_BGSE, rotary)
-    if cache is not None:
-        key_BGSE, value_BGSE = cache.append(key_BGSE, value_BGSE)
-    out_BHSE = F.scaled_dot_product_attention(
-        query_BHSE,
-        key_BGSE,
-        value_BGSE,
-        attn_mask=mask.allowed,
-        is_causal=mask.causal,
-        enable_gqa=query_BHSE.shape[1] != key_BGSE.shape[1],
-    )
+    if layer_cache is not None:
+        key_BGSE, value_BGSE = layer_cache.append(key_BGSE, value_BGSE)
+    shared = query_BHSE.shape[1] != key_BGSE.shape[1]
+    if mask.blocks is not None:
+        flex = _flex_attention(query_BHSE.device.type)
+        out_BHSE: Tensor = flex(query_BHSE, key_BGSE, value_BGSE, block_mask=mask.blocks, enable_gqa=shared)
+    else:
+        out_BHSE = F.scaled_dot_product_attention(
+            query_BHSE,
+            key_BGSE,
+            value_BGSE,
+            attn_mask=mask.allowed,
+            is_causal=mask.causal,
+            enable_gqa=shared,
+        )
     return out_BHSE.transpose(1, 2).flatten(2)
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Any]:
+    """Compiled on a GPU, where it is a fused kernel; elsewhere the definition, without gradients."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast("Callable[..., Any]", torch.compile(flex_attention) if device == "cuda" else flex_attention)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lattice.cache import KVCache
     from lattice.decoder import Decoder
     from lattice.draws import Draw
-    from lattice.slots import Slots
+    from lattice.slots import Side
     from lattice.stack import Stack
 
 
@@ -143,7 +143,7 @@ class Backbone(Protocol):
 
 
 class Mask(Protocol):
-    """Which slots a slot may look at."""
+    """Which slots a slot may look at, within the causal order over real slots, which always holds."""
 
     @property
     @abstractmethod
@@ -151,9 +151,10 @@ class Mask(Protocol):
         """Whether the batch must say which document each token belongs to."""
 
     @abstractmethod
-    def allowed(self, queries: Slots, keys: Slots) -> Tensor | None:
-        """Boolean (B or 1, Q, K), True where a query may look; None where plain causal order over the
-        slots says it all, which lets attention take its fast path."""
+    def sees(self, query: Side, key: Side) -> Tensor | None:
+        """For each pair of slots whether the query may look at the key; None where nothing more than the
+        causal order is asked. One function of the two sides' attributes, in operations that broadcast: it is
+        asked about all pairs at once, and by FlexAttention about one pair."""
 
 
 class Precision(Protocol):

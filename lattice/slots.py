@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, S slots, Q queries, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,23 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Side:
+    """One side of pairs of slots, queries or keys, in shapes that broadcast against the other side's."""
+
+    token: Tensor
+    """Place of the token in its sequence."""
+    stage: Tensor
+    document: Tensor | None
+    """Number of the document; None where every row is one."""
+    real: Tensor | None
+    """False for padding; None where nothing is padded."""
+    stop: int
+    """The place after the last token's."""
+    last_stage: int
+    """The highest stage of any slot on this side."""
+
+
+@dataclass(frozen=True)
 class Slots:
     """Which token and stage each slot belongs to, and what holds for that token."""
 
@@ -73,6 +91,8 @@ class Slots:
     position_BS: Tensor
     document_BS: Tensor | None = None
     real_BS: Tensor | None = None
+    last_stage: int = 0
+    """The highest stage of any slot."""
 
     @staticmethod
     def interleaved(tokens: Tokens, stages: int, first_stage: int = 0) -> Slots:
@@ -89,17 +109,33 @@ class Slots:
             spread(tokens.position_BL),
             spread(tokens.document_BL),
             spread(tokens.real_BL),
+            first_stage + stages - 1,
         )
 
-    def before_or_at(self, keys: Slots) -> Tensor:
-        """(Q, K): True where a key's (token, stage) is not after the query's: the causal order."""
-        query_Q1, key_1K = self.token_S[:, None], keys.token_S[None]
-        same_token = key_1K == query_Q1
-        return (key_1K < query_Q1) | (same_token & (keys.stage_S[None] <= self.stage_S[:, None]))
+    def queries(self) -> Side:
+        """As the first of a pair, (B or 1, Q, 1)."""
+        return self._side(lambda values: values[:, :, None])
 
-    def same_slot(self, keys: Slots) -> Tensor:
-        """(Q, K): True where a key is the query itself."""
-        return (keys.token_S[None] == self.token_S[:, None]) & (keys.stage_S[None] == self.stage_S[:, None])
+    def keys(self) -> Side:
+        """As the second of a pair, (B or 1, 1, K)."""
+        return self._side(lambda values: values[:, None])
+
+    def at(self, row: Tensor, index: Tensor) -> Side:
+        """The slot at `index` of batch row `row`, as scalars: what a mask of FlexAttention is asked about."""
+        return self._side(lambda values: values[row if len(values) > 1 else 0, index])
+
+    def _side(self, take: Callable[[Tensor], Tensor]) -> Side:
+        def maybe(values: Tensor | None) -> Tensor | None:
+            return None if values is None else take(values)
+
+        return Side(
+            token=take(self.token_S[None]),
+            stage=take(self.stage_S[None]),
+            document=maybe(self.document_BS),
+            real=maybe(self.real_BS),
+            stop=self.stop,
+            last_stage=self.last_stage,
+        )
 
     def part(self, start: int, end: int, stop: int) -> Slots:
         """The slots at indices start .. end - 1; `stop` is the place after their last token."""
@@ -114,6 +150,7 @@ class Slots:
             cut(self.position_BS),
             cut(self.document_BS),
             cut(self.real_BS),
+            self.last_stage,
         )
 
     def followed_by(self, more: Slots) -> Slots:
@@ -133,4 +170,5 @@ class Slots:
             join(self.position_BS, more.position_BS),
             join(self.document_BS, more.document_BS),
             join(self.real_BS, more.real_BS),
+            max(self.last_stage, more.last_stage),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lattice.attention_mask import attention_mask
 from lattice.cache import KVCache, Segment
 from lattice.decoder import AttentionMask, Decoder, Rotary
 from lattice.protocols import ActivationCheckpoint, Mask
@@ -105,20 +106,9 @@ class Stack:
             return self._masks[key]
         queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
         keys = queries if cache is None else cache.place(segment, queries)
-        mask = self._built_mask(queries, keys, newest=newest)
+        mask = attention_mask(self._mask, queries, keys, newest=newest)
         self._masks[id(cache), segment, 0 if cache is None else cache.segments] = mask
         return mask
-
-    def _built_mask(self, queries: Slots, keys: Slots, *, newest: bool) -> AttentionMask:
-        """`newest`: the queries are the last of the keys, in causal order."""
-        allowed = self._mask.allowed(queries, keys)
-        if allowed is None:
-            if newest and len(queries.token_S) == len(keys.token_S):
-                return AttentionMask(causal=True)
-            if newest and len(queries.token_S) == 1:
-                return AttentionMask(causal=False)
-            allowed = queries.before_or_at(keys)[None]
-        return AttentionMask(causal=False, allowed=allowed[:, None])
 
     def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
         if stages not in self._rotary:

@@ -6,22 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lattice.components.mask._tokens import and_itself, causal_and_real
+from lattice.components.mask._visibility import Visibility
 from lattice.protocols import Mask
 from lattice.registry import register
-from lattice.slots import Slots
+from lattice.slots import Side
 
 
 @register("mask", "causal")
 @dataclass(frozen=True, kw_only=True)
-class Causal(Mask):
+class Causal(Visibility, Mask):
     """A slot sees itself and every slot before it; padding is not seen."""
 
     @property
     def needs_documents(self) -> bool:
         return False
 
-    def allowed(self, queries: Slots, keys: Slots) -> Tensor | None:
-        if keys.real_BS is None:
-            return None
-        return and_itself(causal_and_real(queries, keys), queries, keys)
+    def sees(self, query: Side, key: Side) -> Tensor | None:
+        return self.visible(query, key)

@@ -103,17 +103,17 @@ def test_a_cache_grows_beyond_its_first_buffer(backbone, recurrence):
     cache, sizes = KVCache(model.shape.num_layers), set()
     for at in range(ids.shape[1]):
         logits = model.step(ids[:, at : at + 1], cache)
-        sizes.add(cache.layers[0]._keys_BHSE.shape[2])
+        sizes.add(cache._layers[0]._keys_BHSE.shape[2])
     slots = model.recurrence.slots
     assert len(sizes) == (2 if slots == 1 else 4)
     assert len(cache.slots.token_S) == slots * (CONTEXT - 1)
     if slots == 1:
         torch.testing.assert_close(logits, model(ids).logits[:, -1], atol=1e-10, rtol=0)
     small = KVCache(model.shape.num_layers)  # the same where one large buffer was there from the start
-    for layer in small.layers:
+    for layer in small._layers:
         layer._keys_BHSE, layer._values_BHSE = (
-            torch.empty(2, cache.layers[0]._keys_BHSE.shape[1], 4 * CONTEXT, layer_size, dtype=torch.float64)
-            for layer_size in [cache.layers[0]._keys_BHSE.shape[3]] * 2
+            torch.empty(2, cache._layers[0]._keys_BHSE.shape[1], 4 * CONTEXT, layer_size, dtype=torch.float64)
+            for layer_size in [cache._layers[0]._keys_BHSE.shape[3]] * 2
         )
     for at in range(ids.shape[1]):
         again = model.step(ids[:, at : at + 1], small)

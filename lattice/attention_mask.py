@@ -1,0 +1,102 @@
+"""From a mask component to what attention takes: causal order, booleans, or blocks for FlexAttention.
+
+Causal order over (token, stage), padding, and that a slot sees itself hold under every mask. They are added
+here, so that no kind can forget them.
+
+Shapes: B batch, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lattice.decoder import AttentionMask
+from lattice.protocols import Mask
+from lattice.slots import Side, Slots
+
+BLOCKS_FROM = 512
+"""Queries from which on a GPU takes a block mask: FlexAttention skips blocks of 128 by 128."""
+
+
+def allowed(mask: Mask, queries: Slots, keys: Slots) -> Tensor | None:
+    """(B or 1, Q, K), True where a query may look; None where causal order over the slots says it all."""
+    query, key = queries.queries(), keys.keys()
+    further = mask.sees(query, key)
+    if further is None and key.real is None:
+        return None
+    if further is not None:
+        _check(mask, further, queries, keys)
+    return _composed(query, key, further)
+
+
+def is_causal(mask: Mask, queries: Slots, keys: Slots) -> bool:
+    """Whether causal order says it all, without a look at all pairs."""
+    one, other = queries.part(0, 1, queries.stop), keys.part(0, 1, keys.stop)
+    return allowed(mask, one, other) is None
+
+
+def before_or_at(query: Side, key: Side) -> Tensor:
+    """The causal order: True where a key's (token, stage) is not after the query's."""
+    return (key.token < query.token) | ((key.token == query.token) & (key.stage <= query.stage))
+
+
+def _composed(query: Side, key: Side, further: Tensor | None) -> Tensor:
+    seen = before_or_at(query, key)
+    if key.real is not None:
+        seen = seen & key.real
+    if further is not None:
+        seen = seen & further
+    # A slot of padding would otherwise see nothing, and its softmax would be no number.
+    return seen | ((key.token == query.token) & (key.stage == query.stage))
+
+
+def _check(mask: Mask, further: Tensor, queries: Slots, keys: Slots) -> None:
+    size = len(queries.token_S), len(keys.token_S)
+    fits = further.dim() == 3 and all(a in (1, b) for a, b in zip(further.shape[1:], size, strict=True))
+    if further.dtype != torch.bool or not fits:
+        name = getattr(mask, "kind", type(mask).__name__)
+        raise ValueError(
+            f"mask '{name}': sees() gave {further.dtype} of shape {tuple(further.shape)}; must be booleans "
+            f"that broadcast to (batch, {size[0]}, {size[1]})"
+        )
+
+
+def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> AttentionMask:
+    """`newest`: the queries are the last of the keys, in causal order, so that plain order needs no booleans.
+
+    On a GPU a mask that is not plain becomes a block mask; elsewhere, and for few queries, booleans.
+    """
+    size = len(queries.token_S), len(keys.token_S)
+    whole = newest and size[0] == size[1]
+    many = queries.token_S.device.type == "cuda" and size[0] >= BLOCKS_FROM
+    if many and not (whole and is_causal(mask, queries, keys)):
+        return AttentionMask(causal=False, blocks=block_mask(mask, queries, keys))
+    seen = allowed(mask, queries, keys)
+    if seen is None:
+        if whole:
+            return AttentionMask(causal=True)
+        if newest and size[0] == 1:
+            return AttentionMask(causal=False)
+        seen = before_or_at(queries.queries(), keys.keys())
+    return AttentionMask(causal=False, allowed=seen[:, None])
+
+
+def block_mask(mask: Mask, queries: Slots, keys: Slots) -> object:
+    """FlexAttention's BlockMask of the same predicate."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(row: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        query, key = queries.at(row, query_index), keys.at(row, key_index)
+        return _composed(query, key, mask.sees(query, key))
+
+    per_row = [keys.document_BS, keys.real_BS]
+    rows = max((len(values) for values in per_row if values is not None), default=1)
+    return create_block_mask(
+        mask_mod,
+        B=rows if rows > 1 else None,
+        H=None,
+        Q_LEN=len(queries.token_S),
+        KV_LEN=len(keys.token_S),
+        device=queries.token_S.device,
+    )
