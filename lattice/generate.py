@@ -5,7 +5,7 @@ Shapes: B batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,9 @@ class Sampling:
     """Only the k likeliest tokens are candidates."""
     top_p: float | None = None
     """Only the smallest set of tokens with this much probability are candidates."""
-    seed: int | None = None
-    """Of the draws; a new one each time if not given."""
+    seed: int | Sequence[int] | None = None
+    """Of the draws: row r of a batch draws with seed + r, as it does alone with that seed; or a seed for each
+    row. New ones each time if not given."""
     vocab_size: int | None = None
     """Tokens of the tokenizer: the rows by which a model's table is larger are never chosen."""
 
@@ -37,7 +38,21 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: must be in (0, 1]")
 
-    def choose(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    def generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
+        """One for each row; none where nothing is drawn."""
+        if self.temperature == 0:
+            return []
+        made = [torch.Generator(device=device) for _ in range(rows)]
+        seeds = self.seed
+        if isinstance(seeds, int):
+            seeds = [seeds + row for row in range(rows)]
+        elif seeds is not None and len(seeds) != rows:
+            raise ValueError(f"seed = {list(seeds)}: must be one for each of the {rows} rows")
+        for row, generator in enumerate(made):
+            generator.seed() if seeds is None else generator.manual_seed(seeds[row])
+        return made
+
+    def choose(self, logits_BV: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The next token of each row, (B, 1)."""
         logits_BV = logits_BV[:, : self.vocab_size]
         if self.temperature == 0:
@@ -52,7 +67,12 @@ class Sampling:
             # A token stays if those before it do not make up top_p; the likeliest always stays.
             outside_BV = probability_BV.cumsum(dim=-1) - probability_BV >= self.top_p
             logits_BV = logits_BV.masked_fill(outside_BV.gather(-1, order_BV.argsort(-1)), -torch.inf)
-        return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)
+        probability_BV = logits_BV.softmax(dim=-1)
+        drawn = [
+            torch.multinomial(probability_V, 1, generator=generator)
+            for probability_V, generator in zip(probability_BV, generators, strict=True)
+        ]
+        return torch.stack(drawn)
 
 
 def stream(
@@ -94,15 +114,14 @@ def _stream(
     attention_mask: Tensor | None,
     parallel_prefill: bool,
 ) -> Iterator[Tensor]:
-    generator = torch.Generator(device=input_ids.device)
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    generators = sampling.generators(len(input_ids), input_ids.device)
     logits_BV, cache = None, None
     for _ in range(max_new_tokens):
         if logits_BV is None or cache is None:
             logits_BV, cache = model.prefill(input_ids, attention_mask, parallel=parallel_prefill)
         else:
             logits_BV = model.step(ids_B1, cache)  # noqa: F821  (bound by the turn before)
-        ids_B1 = sampling.choose(logits_BV, generator)
+        ids_B1 = sampling.choose(logits_BV, generators)
         yield ids_B1
 
 
@@ -114,7 +133,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     eos_id: int | None = None,
     attention_mask: Tensor | None = None,

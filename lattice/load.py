@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from lattice.assemble import build_model, choose_device, open_codec
@@ -12,15 +13,22 @@ from lattice.run_folder import RECIPE, read_table
 from lattice.state import weights
 
 
-def load(path: str | Path, *, device: str = "cpu", trust_imports: bool = False) -> LanguageModel:
+def load(
+    path: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    device: str = "cpu",
+    trust_imports: bool = False,
+) -> LanguageModel:
     """The model of a run directory (its latest checkpoint) or of one checkpoint in it, ready to evaluate.
 
-    Nothing in the directory is executed; a recipe that imports a user's file is refused unless
-    `trust_imports`. Raises FileNotFoundError where there is no run or no checkpoint, ValueError where a
-    checkpoint is damaged or of another model.
+    `overrides` change the run's recipe, e.g. `recurrence.thoughts=2`; the weights must still fit. Nothing in
+    the directory is executed; a recipe that imports a user's file is refused unless `trust_imports`. Raises
+    FileNotFoundError where there is no run or no checkpoint, ValueError where a checkpoint is damaged or of
+    another model.
     """
     folder, checkpoint = _locate(Path(path))
-    recipe = recipe_of(folder, trust_imports=trust_imports)
+    recipe = recipe_of(folder, overrides=overrides, trust_imports=trust_imports)
     component: Checkpoint = recipe.component("checkpoint")
     checkpointer = component.build(folder / "checkpoints")
     checkpoint = checkpoint or checkpointer.latest()
@@ -28,13 +36,13 @@ def load(path: str | Path, *, device: str = "cpu", trust_imports: bool = False) 
         raise FileNotFoundError(f"'{folder}' has no checkpoint yet")
     model = build_model(recipe)
     checkpointer.load(checkpoint, {"model": weights(model)})
-    return model.to(choose_device(device)).eval()
+    return model.to(choose_device(device, "device")).eval()
 
 
-def recipe_of(path: str | Path, *, trust_imports: bool = False) -> Recipe:
-    """The recipe that a run, or the run of a checkpoint, followed."""
+def recipe_of(path: str | Path, *, overrides: Iterable[str] = (), trust_imports: bool = False) -> Recipe:
+    """The recipe that a run, or the run of a checkpoint, followed, with `overrides` over it."""
     folder, _ = _locate(Path(path))
-    return load_recipe(read_table(folder), allow_imports=trust_imports)
+    return load_recipe(read_table(folder), overrides, allow_imports=trust_imports)
 
 
 def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:

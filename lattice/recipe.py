@@ -112,6 +112,8 @@ def load_recipe(
 
 def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
     """The layers of a file: those it extends, then itself; `imports` made absolute."""
+    if path.is_dir():
+        raise IsADirectoryError(f"recipe '{path}' is a directory; must be a TOML file")
     if not path.is_file():
         asked = f" (extended by {children[-1]})" if children else ""
         raise FileNotFoundError(f"recipe '{path}' does not exist{asked}")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
-from lattice.console import say, table
+from lattice.console import errors, say, table
 from lattice.generate import Sampling, stream
 from lattice.model import LanguageModel
 from lattice.protocols import Codec
 from lattice.recipe import Recipe
+from lattice.text_generation import Completion, Continuation, check_stop, prompt_ids
 from lattice.toml_source import Path_
 
 
@@ -60,24 +64,66 @@ def _leaves(table_: dict[str, Any], above: Path_ = ()) -> list[tuple[Path_, str]
     return found
 
 
+def show_prefill(model: LanguageModel, what: str, *, parallel: bool) -> None:
+    """Says on stderr how prompts are evaluated."""
+    recurrence = model.recurrence
+    kind = getattr(recurrence, "kind", type(recurrence).__name__)
+    if recurrence.parallel_is_exact:
+        how = "all tokens at once, which is exact"
+    elif parallel:
+        how = "all tokens at once by the solver, at its evaluation settings"
+    else:
+        how = "token by token, in sequence"
+    slots = f", {recurrence.slots} slots a token" if recurrence.slots > 1 else ""
+    errors.print(f"{what}: {how} ({kind}{slots})", markup=False, soft_wrap=True)
+
+
 def stream_text(
-    model: LanguageModel, codec: Codec, prompt: str, max_new_tokens: int, sampling: Sampling
+    model: LanguageModel,
+    codec: Codec,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop: Sequence[str] = (),
+    parallel_prefill: bool = False,
 ) -> None:
-    """Writes the prompt and its continuation to stdout as it is decoded, up to the end of the document."""
-    ids = codec.encode_batch([prompt])[0]
+    """Writes the prompt and its continuation to stdout as it is decoded, up to the end of the document or a
+    stop string."""
+    check_stop(stop)
+    ids = prompt_ids(model, codec, [(0, prompt)], max_new_tokens)[0]
     device = next(model.parameters()).device
     sampling = replace(sampling, vocab_size=codec.vocab_size)
-    following = stream(model, torch.tensor([ids], device=device), max_new_tokens, sampling=sampling)
-    shown = codec.decode(ids)
-    sys.stdout.write(shown)
+    ids_BL = torch.tensor([ids], device=device)
+    following = stream(model, ids_BL, max_new_tokens, sampling=sampling, parallel_prefill=parallel_prefill)
+    show_prefill(model, f"prompt of {len(ids)} tokens", parallel=parallel_prefill)
+    row = Continuation(codec, ids, stop)
+    sys.stdout.write(prompt)
     for next_id in following:
-        if int(next_id) == codec.eos_id:
-            break
-        ids.append(int(next_id))
-        text = codec.decode(ids)
-        if text.endswith("\ufffd"):
-            continue  # half a character: the rest comes with the next token
-        sys.stdout.write(text[len(shown) :])
+        sys.stdout.write(row.add(int(next_id)))
         sys.stdout.flush()
-        shown = text
-    sys.stdout.write("\n")
+        if row.finish:
+            break
+    sys.stdout.write(row.rest() + "\n")
+
+
+def write_completions(
+    model: LanguageModel,
+    done: Iterable[tuple[int, Completion]],
+    prompts: Sequence[str],
+    left: Sequence[tuple[int, str]],
+    out: Path | None,
+    *,
+    parallel: bool,
+) -> None:
+    """As jsonl, each line on disk as soon as its batch is done, with a progress bar; or to stdout."""
+    finished = len(prompts) - len(left)
+    show_prefill(model, f"{len(left)} prompts, {finished} done before", parallel=parallel)
+    with ExitStack() as stack:
+        file = stack.enter_context(out.open("a", encoding="utf-8")) if out else sys.stdout
+        bar = stack.enter_context(Progress(console=errors, disable=out is None or not errors.is_terminal))
+        task = bar.add_task("prompts", total=len(prompts), completed=finished)
+        for number, completion in done:
+            file.write(json.dumps({"number": number, **asdict(completion)}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.advance(task)

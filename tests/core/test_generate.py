@@ -129,9 +129,14 @@ def test_top_k_of_one_is_greedy():
             assert torch.equal(drawn, greedy)
 
 
+def generators(seed, rows):
+    """The same one for all rows: independent draws."""
+    return [torch.Generator().manual_seed(seed)] * rows
+
+
 def drawn_counts(sampling, probabilities, rows=4000):
     logits = torch.tensor(probabilities).log()[None].expand(rows, -1)
-    ids = sampling.choose(logits, torch.Generator().manual_seed(0))
+    ids = sampling.choose(logits, generators(0, rows))
     assert ids.shape == (rows, 1)
     return torch.bincount(ids[:, 0], minlength=len(probabilities)) / rows
 
@@ -169,7 +174,7 @@ def test_temperature():
 def test_each_row_has_its_own_support():
     logits = torch.tensor([[0.0, 5, 0, 4], [6, 0, 5.5, 0]]).repeat(200, 1)
     for options in ({"top_k": 2}, {"top_p": 0.95}):
-        ids = Sampling(temperature=1.0, **options).choose(logits, torch.Generator().manual_seed(1))
+        ids = Sampling(temperature=1.0, **options).choose(logits, generators(1, len(logits)))
         assert set(ids[0::2, 0].tolist()) == {1, 3}
         assert set(ids[1::2, 0].tolist()) == {0, 2}
 
@@ -185,6 +190,19 @@ def test_same_seed_same_text():
     assert not torch.equal(lattice.generate(model, prompt, 10, seed=5, **options), first)
     unseeded = [lattice.generate(model, prompt, 10, **options) for _ in range(2)]
     assert not torch.equal(*unseeded)
+
+
+def test_a_sampled_row_is_the_row_alone():
+    model, prompt = tiny(recurrence=thinking(1)), some_ids(3, 3)
+    options = {"temperature": 1.5, "top_p": 0.9}
+    together = lattice.generate(model, prompt, 10, seed=4, **options)
+    for row in range(3):
+        alone = lattice.generate(model, prompt[row : row + 1], 10, seed=4 + row, **options)
+        assert torch.equal(alone[0], together[row])
+    turned = lattice.generate(model, prompt.flip(0), 10, seed=[6, 5, 4], **options)
+    assert torch.equal(turned.flip(0), together)
+    with pytest.raises(ValueError, match=r"seed = \[1, 2\]: must be one for each of the 3 rows"):
+        lattice.generate(model, prompt, 1, seed=[1, 2], **options)
 
 
 def test_end_of_text():
@@ -270,6 +288,6 @@ def test_rows_beyond_the_tokenizer_are_never_chosen():
     logits_BV = torch.tensor([[0.0, 1.0, 0.5, 9.0]])
     generator = torch.Generator().manual_seed(0)
     for sampling in (Sampling(vocab_size=3), Sampling(vocab_size=3, temperature=5.0, seed=0)):
-        chosen = {int(sampling.choose(logits_BV, generator)) for _ in range(50)}
+        chosen = {int(sampling.choose(logits_BV, [generator])) for _ in range(50)}
         assert chosen <= {0, 1, 2}
         assert 1 in chosen

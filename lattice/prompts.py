@@ -1,0 +1,52 @@
+"""Prompts from a file, and completions that an interrupted run has written already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One a line of text; of .jsonl the values of "prompt". Raises ValueError naming file and line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path}: does not exist or is no file")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start}: not UTF-8: {error.reason}") from error
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if path.suffix != ".jsonl":
+        return [line.removesuffix("\r") for line in lines]
+    return [_value(path, at, line, "prompt") for at, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _value(path: Path, at: int, line: str, key: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{at}: no valid JSON: {error.msg}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        raise ValueError(f'{path}:{at}: must be an object with a string "{key}"')
+    return str(row[key])
+
+
+def unfinished(prompts: list[str], out: Path | None) -> list[tuple[int, str]]:
+    """The numbered prompts that `out` does not hold yet. A line that was cut off is dropped from it. Raises
+    ValueError where it holds another prompt under a number."""
+    numbered = list(enumerate(prompts))
+    if out is None or not out.is_file():
+        return numbered
+    text = out.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    done = set()
+    for at, line in enumerate(whole.splitlines(), start=1):
+        prompt = _value(out, at, line, "prompt")
+        number = json.loads(line).get("number")
+        if not isinstance(number, int) or not 0 <= number < len(prompts) or prompts[number] != prompt:
+            raise ValueError(
+                f"{out}:{at}: is of other prompts than these; choose another file with --out, or remove it"
+            )
+        done.add(number)
+    if whole != text:
+        out.write_text(whole, encoding="utf-8")
+    return [(number, prompt) for number, prompt in numbered if number not in done]
