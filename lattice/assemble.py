@@ -29,6 +29,7 @@ from lattice.protocols import (
     Optimizer,
     Parallel,
     Precision,
+    Recurrence,
     Schedule,
     Source,
     Tokenizer,
@@ -72,16 +73,22 @@ def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str 
     # Drawn on the CPU, so that a seed means the same weights on every device.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(recipe.run.seed)
-        model = LanguageModel(
-            recipe.component("backbone"),
-            recipe.component("recurrence"),
-            recipe.component("mask"),
-            recipe.component("loss"),
-            recipe.component("activation_checkpoint"),
-        )
+        model = undrawn_model(recipe)
         if device != "meta":
             model.decoder.initialize(model.recurrence.initialization(model.shape))
     return model.to(device)
+
+
+def undrawn_model(recipe: Recipe) -> LanguageModel:
+    """The modules, on the current default device, their weights not drawn. Raises RecipeError."""
+    roles = ("backbone", "recurrence", "mask", "loss", "activation_checkpoint")
+    try:
+        return LanguageModel(*(recipe.component(role) for role in roles))
+    except ValueError as error:  # an option that this backbone's shape does not allow; its name comes first
+        option = str(error).split(" ", 1)[0]
+        if not hasattr(recipe.component("recurrence"), option):
+            raise
+        raise RecipeError([f"{recipe.origin(('recurrence', option))}: recurrence.{error}"]) from error
 
 
 def open_codec(recipe: Recipe, folder: Path | None) -> Codec:
@@ -98,11 +105,29 @@ def open_codec(recipe: Recipe, folder: Path | None) -> Codec:
                 f"must be at least that"
             ]
         )
+    _check_reserved(recipe, codec.vocab_size)
     return codec
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ValueError for a device that is not there."""
+def _check_reserved(recipe: Recipe, tokens: int) -> None:
+    """A row of the table that the recurrence uses must not be a token's."""
+    backbone: Backbone = recipe.component("backbone")
+    recurrence: Recurrence = recipe.component("recurrence")
+    taken = [row for row in recurrence.reserved_ids(backbone.shape) if row < tokens]
+    if taken:
+        kind = getattr(recurrence, "kind", type(recurrence).__name__)
+        raise RecipeError(
+            [
+                f"recurrence '{kind}' uses row {taken[0]} of the embedding table, which is a token of the "
+                f"tokenizer's {tokens}: raise backbone.vocab_size to {tokens + 1} at least, and name a row "
+                "from there on if the recipe names one"
+            ]
+        )
+
+
+def choose_device(name: str, option: str = "run.device") -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError, naming the option, for a device that is not
+    there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -110,7 +135,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"run.device = '{name}': not available here: {reason}") from error
+        raise ValueError(f"{option} = '{name}': not available here: {reason}") from error
     return device
 
 
@@ -125,7 +150,12 @@ def training_graph(recipe: Recipe, folder: Path) -> TrainingGraph:
     codec = open_codec(recipe, folder / "tokenizer")
     data: Data = recipe.component("data")
     source = data.open(_request(recipe, codec, parallel))
+    checkpointer = checkpoint.build(folder / "checkpoints")
     model = build_model(recipe)
+    if recipe.run.init_from is not None and checkpointer.latest() is None:
+        from lattice.hf.init_from import initialize
+
+        initialize(model, recipe)
     precision.apply(model)
     parallel.apply(model, device)
     return TrainingGraph(
@@ -140,7 +170,7 @@ def training_graph(recipe: Recipe, folder: Path) -> TrainingGraph:
         schedule=recipe.component("schedule"),
         codec=codec,
         source=source,
-        checkpointer=checkpoint.build(folder / "checkpoints"),
+        checkpointer=checkpointer,
         checkpoint_every=checkpoint.every,
         metrics=recipe.named("metrics"),
         evaluators=recipe.named("evaluator"),

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.markup import escape
@@ -98,55 +98,169 @@ def _options(cls: Any, above: str = "") -> str:
 
 
 @app.command
+def new(role: str, name: str, *, dir_: Annotated[Path, Parameter(name="--dir")] = Path()) -> None:
+    """Write a starting file for a component of your own, and a recipe that uses it.
+
+    Parameters
+    ----------
+    role
+        What it is to be: recurrence.
+    name
+        Of the kind, and of the files.
+    dir_
+        Where to write them.
+    """
+    from lattice.console import say
+    from lattice.scaffold import write
+
+    code, recipe = write(role, name, dir_)
+    say(f"wrote {code} and {recipe}. Next:\n  lattice check {code}\n  lattice run {recipe}")
+
+
+@app.command
+def check(target: str, *, set_: Set = None) -> None:
+    """Check that a recurrence keeps its promises: causal, decodable, exact in batches, as costly as it says.
+
+    Parameters
+    ----------
+    target
+        A file that registers recurrences, or the name of a kind.
+    set_
+        Options of the recurrence, name=value.
+    """
+    from lattice.report import show_checks
+
+    if not show_checks(target, set_ or []):
+        sys.exit(1)
+
+
+@app.command
 def generate(
     run: Path,
     *,
-    prompt: str,
+    prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    stop: Annotated[list[str] | None, Parameter(negative="")] = None,
+    batch: int = 8,
+    prefill: Literal["sequential", "parallel"] = "sequential",
+    set_: Set = None,
     device: str = "cpu",
     trust_imports: bool = False,
 ) -> None:
-    """Continue a prompt, token by token, the thoughts computed in sequence through the key/value cache.
+    """Continue prompts, the thoughts computed in sequence through the key/value cache.
+
+    One prompt is streamed; several are decoded in batches and written as jsonl, to stdout or --out.
 
     Parameters
     ----------
     run
         A run's directory, or one of its checkpoints.
+    prompt
+        May be given several times.
+    prompts
+        A file of prompts: one a line, or .jsonl with the key "prompt".
+    out
+        Write jsonl to this file; the same command goes on where it was interrupted.
     temperature
         0 takes the likeliest token each time.
+    seed
+        Of the first prompt; the next one's is larger by 1.
+    stop
+        End before this text; may be given several times.
+    batch
+        Prompts decoded at once.
+    prefill
+        Evaluate the prompt in sequence, or all tokens at once by the parallel solver.
     trust_imports
         Import the user code that the run's recipe names.
     """
     from lattice.generate import Sampling
     from lattice.load import codec_of, load
-    from lattice.report import stream_text
+    from lattice.prompts import read_prompts, unfinished
+    from lattice.report import stream_text, write_completions
+    from lattice.text_generation import completions
 
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either --prompt or --prompts")
+    texts = prompt if prompt is not None else read_prompts(prompts or Path())
+    left = unfinished(texts, out)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     codec = codec_of(run, trust_imports=trust_imports)
-    model = load(run, device=device, trust_imports=trust_imports)
-    stream_text(model, codec, prompt, max_new_tokens, sampling)
+    model = load(run, overrides=set_ or [], device=device, trust_imports=trust_imports)
+    parallel = prefill == "parallel"
+    if prompt is not None and len(prompt) == 1 and out is None:
+        stream_text(
+            model, codec, prompt[0], max_new_tokens, sampling, stop=stop or [], parallel_prefill=parallel
+        )
+        return
+    done = completions(
+        model,
+        codec,
+        left,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or [],
+        batch_size=batch,
+        parallel_prefill=parallel,
+    )
+    write_completions(model, done, texts, left, out, parallel=parallel)
 
 
 @app.command
-def export(run: Path, *, out: Path, trust_imports: bool = False) -> None:
-    """Write a run's model as a Hugging Face directory: config.json, safetensors and the tokenizer.
+def export(
+    run: Path, *, to: Annotated[Path, Parameter(name=["--to", "--out"])], trust_imports: bool = False
+) -> None:
+    """Write a run's model as a Hugging Face directory: weights, tokenizer, model card, and code if it thinks.
 
     Parameters
     ----------
     run
         A run's directory, or one of its checkpoints.
+    to
+        The directory to write.
+    trust_imports
+        Import the user code that the run's recipe names; its files go along.
     """
     from lattice.console import say
-    from lattice.load import load, recipe_of
-    from lattice.pretrained import save_pretrained
+    from lattice.hf.export import export as export_
 
-    save_pretrained(load(run, trust_imports=trust_imports), out)
-    recipe_of(run, trust_imports=trust_imports).component("tokenizer").build(out)
-    say(f"wrote {out}")
+    export_(run, to, trust_imports=trust_imports)
+    say(f"wrote {to}")
+
+
+@app.command(name="import")
+def import_(
+    folder: Path,
+    *,
+    to: Path,
+    set_: Set = None,
+    extends: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    trust_imports: bool = False,
+) -> None:
+    """Write a recipe that starts a run from the weights of a Hugging Face directory.
+
+    Parameters
+    ----------
+    folder
+        Weights of Pythia (GPT-NeoX) or Llama, or what `lattice export` wrote.
+    to
+        The recipe to write.
+    extends
+        Recipes that it is to extend.
+    trust_imports
+        Import the code that the directory holds.
+    """
+    from lattice.console import say
+    from lattice.hf.importing import import_recipe
+
+    import_recipe(folder, to, overrides=set_ or [], extends=extends or [], trust_imports=trust_imports)
+    say(f"wrote {to}. Next:\n  lattice run {to}")
 
 
 @app.command

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lattice.cache import KVCache
 from lattice.draws import Draw
 from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence
+from lattice.registry import check_unroll
 from lattice.slots import Tokens
 from lattice.stack import Stack
 
@@ -57,6 +58,7 @@ class LanguageModel(nn.Module):
         self.components: dict[str, Any] = {"backbone": backbone, "recurrence": recurrence, "mask": mask}
         self.decoder = backbone.build()
         self.unroll = recurrence.build(backbone.shape)
+        check_unroll(self.unroll)
         self.shape = backbone.shape
         self.mask = mask
         self.loss = loss

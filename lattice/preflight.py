@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
 from lattice.assemble import build_model, choose_device
-from lattice.protocols import Backbone, Data, Recurrence, Tokenizer
+from lattice.hf import init_from
+from lattice.protocols import Backbone, Checkpoint, Data, Recurrence, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError with everything that keeps this recipe from training here."""
+def check(recipe: Recipe, folder: Path | None = None) -> None:
+    """Raises RecipeError with everything that keeps this recipe from training here, in the run's directory
+    `folder` if given: a run that goes on needs no weights to start from."""
     tokenizer: Tokenizer = recipe.component("tokenizer")
     data: Data = recipe.component("data")
     problems = [*_shapes(recipe), *data.problems(tokenizer.spec), *_memory(recipe)]
+    if not _goes_on(recipe, folder):
+        problems += init_from.problems(recipe)
     if problems:
         raise RecipeError(problems)
+
+
+def _goes_on(recipe: Recipe, folder: Path | None) -> bool:
+    checkpoint: Checkpoint = recipe.component("checkpoint")
+    return folder is not None and checkpoint.build(folder / "checkpoints").latest() is not None
 
 
 def _shapes(recipe: Recipe) -> list[str]:

@@ -107,7 +107,8 @@ def load_recipe(
             [f"this recipe imports code ({', '.join(imports)}): allow it with trust_imports, if you trust it"]
         )
     merged = reduce(_merge, [_without_layer_keys(layer) for layer in layers])
-    return _check(merged, _import(layers), name)
+    problems: list[str] = []
+    return _check(merged, _import(layers, problems), name, problems)
 
 
 def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
@@ -205,9 +206,8 @@ def _merge(below: Source, above: Source) -> Source:
     return Source(table, origins | above.origins)
 
 
-def _import(layers: list[Source]) -> tuple[str, ...]:
+def _import(layers: list[Source], problems: list[str]) -> tuple[str, ...]:
     names: list[str] = []
-    problems = []
     for layer in layers:
         for name in _imports(layer):
             try:
@@ -215,14 +215,11 @@ def _import(layers: list[Source]) -> tuple[str, ...]:
             except ImportError as error:
                 problems.append(f"{layer.origins[('imports',)]}: imports: {error}")
             names += [] if name in names else [name]
-    if problems:
-        raise RecipeError(problems)
     return tuple(names)
 
 
-def _check(source: Source, imports: tuple[str, ...], name: str) -> Recipe:
-    """All tables into options; raises RecipeError with every problem found."""
-    problems: list[str] = []
+def _check(source: Source, imports: tuple[str, ...], name: str, problems: list[str]) -> Recipe:
+    """All tables into options; raises RecipeError with every problem found, those of before among them."""
     for key in source.table:
         if key not in TOP_LEVEL:
             hint = registry.nearest(key, (*TOP_LEVEL, "extends", "imports"))

@@ -19,10 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lattice.protocols import ROLES
+import torch
+from torch import nn
+
+from lattice.protocols import ROLES, Shape, Unroll
 
 C = TypeVar("C", bound=type)
 _kinds: dict[str, dict[str, type]] = {role: {} for role in ROLES}
+_files: dict[type, str | None] = {}
+"""What the file of each class held when it was registered, as a digest."""
 
 
 class UnknownName(ValueError):
@@ -48,15 +53,28 @@ def register(role: str, kind: str) -> Callable[[C], C]:
     def decorate(cls: C) -> C:
         _conforms(cls, role)
         taken = _kinds[role].get(kind)
-        if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        if taken and not _same_code(taken, cls):
             raise ValueError(
                 f"kind '{kind}' of role '{role}' is already {taken.__module__}.{taken.__qualname__}"
             )
         _kinds[role][kind] = cls
+        _files[cls] = _file_digest(cls)
         cls.kind = kind  # type: ignore[attr-defined]
         return cls
 
     return decorate
+
+
+def _same_code(old: type, new: type) -> bool:
+    """Whether both are one class, imported again or from a copy of its file: an exported model holds one."""
+    if old.__qualname__ != new.__qualname__:
+        return False
+    return old.__module__ == new.__module__ or _files.get(old) == _file_digest(new) is not None
+
+
+def _file_digest(cls: type) -> str | None:
+    path = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
 def _conforms(cls: type, role: str) -> None:
@@ -71,11 +89,14 @@ def _conforms(cls: type, role: str) -> None:
         raise TypeError(f"{name} must be a keyword-only dataclass: @dataclass(frozen=True, kw_only=True)")
     problems = []
     for method, expected in inspect.getmembers(protocol):
-        if method.startswith("_") or not getattr(expected, "__isabstractmethod__", False):
+        if method.startswith("_") or not (callable(expected) or isinstance(expected, property)):
             continue
         actual = getattr(cls, method, None)
         if actual is None or getattr(actual, "__isabstractmethod__", False):
             problems.append(f"'{method}' is missing")
+        elif isinstance(expected, property) == callable(actual):
+            form = "a property" if isinstance(expected, property) else "a method"
+            problems.append(f"'{method}' must be {form}")
         elif callable(expected) and callable(actual):
             wanted, given = _arguments(expected), _arguments(actual)
             if wanted != given:
@@ -92,6 +113,29 @@ def _conforms(cls: type, role: str) -> None:
 
 def _arguments(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def check_unroll(unroll: Any) -> None:
+    """Raises TypeError, naming method and argument, where what a recurrence builds is no Unroll."""
+    cls = type(unroll)
+    problems = []
+    for method in ("__call__", "step"):
+        # A module is called through forward.
+        name = "forward" if method == "__call__" and isinstance(unroll, nn.Module) else method
+        actual = getattr(cls, name, None)
+        if actual is None:
+            problems.append(f"'{name}' is missing")
+            continue
+        wanted, given = _arguments(getattr(Unroll, method)), _arguments(actual)
+        lacking = [f"lacks the argument '{argument}'" for argument in wanted if argument not in given]
+        unknown = [f"has an unknown argument '{argument}'" for argument in given if argument not in wanted]
+        if wanted != given:
+            said = ", ".join(lacking + unknown) or "has them in another order"
+            problems.append(f"'{name}' takes ({', '.join(given)}), not ({', '.join(wanted)}): it {said}")
+    if problems:
+        raise TypeError(
+            f"{cls.__qualname__} is no Unroll: {'; '.join(problems)} (see lattice.protocols.Unroll)"
+        )
 
 
 @cache
@@ -131,10 +175,15 @@ def import_user_code(name: str, base: Path) -> None:
         raise ImportError(f"'{name}' does not import: {type(error).__name__}: {error}") from error
 
 
+def module_of(path: Path) -> str:
+    """The name under which a user's file is imported."""
+    return f"lattice_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
 def _import_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    module_name = f"lattice_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    module_name = module_of(path)
     if module_name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -144,6 +193,26 @@ def _import_file(path: Path) -> None:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
+        for cls in defined_in(module_name, "recurrence").values():
+            _try_build(cls)
     except BaseException:
         del sys.modules[module_name]
+        for known in _kinds.values():
+            for kind in [kind for kind, cls in known.items() if cls.__module__ == module_name]:
+                del known[kind]
         raise
+
+
+def defined_in(module_name: str, role: str) -> dict[str, type]:
+    """The kinds of a role that one module registered."""
+    return {kind: cls for kind, cls in _kinds[role].items() if cls.__module__ == module_name}
+
+
+def _try_build(cls: type) -> None:
+    """What a recurrence builds is looked at when its file is imported, if its options have defaults."""
+    try:
+        with torch.device("meta"):
+            unroll = cls().build(Shape(hidden_size=64, num_layers=8, vocab_size=128, context=64))
+    except Exception:  # an option is required, or this shape does not suit it: the model will look again
+        return
+    check_unroll(unroll)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from lattice import registry
 from lattice.console import errors, say, table
 from lattice.generate import Sampling, stream
 from lattice.model import LanguageModel
+from lattice.options import to_table
 from lattice.protocols import Codec
-from lattice.recipe import Recipe
+from lattice.recipe import Recipe, load_recipe
 from lattice.text_generation import Completion, Continuation, check_stop, prompt_ids
 from lattice.toml_source import Path_
 
@@ -62,6 +64,56 @@ def _leaves(table_: dict[str, Any], above: Path_ = ()) -> list[tuple[Path_, str]
         path = (*above, key)
         found += _leaves(value, path) if isinstance(value, dict) else [(path, json.dumps(value))]
     return found
+
+
+def show_checks(target: str, overrides: Sequence[str]) -> bool:
+    """Runs the conformance kit on a file's recurrences, or a kind; shows the results; True if all hold."""
+    from lattice.testing.kit import CHECKS, run_checks
+    from lattice.testing.subject import BACKBONES
+
+    tables = _recurrences(target, overrides)
+    held = True
+    for recurrence in tables:
+        with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
+            task = bar.add_task(recurrence["kind"], total=len(CHECKS) * len(BACKBONES))
+            results = []
+            for result in run_checks(recurrence):
+                results.append(result)
+                bar.advance(task)
+        failed = [result for result in results if not result.held]
+        rows = []
+        for name in CHECKS:
+            of = [result for result in failed if result.check == name]
+            shown = "\n".join(f"{result.backbone}: {result.counterexample}" for result in of)
+            claim = next(result.claim for result in results if result.check == name)
+            rows.append([name, claim, shown or "holds"])
+        table(f"recurrence '{recurrence['kind']}'", ["check", "what it asserts", "result"], rows)
+        broken = sorted({result.check for result in failed})
+        say(
+            f"{len(broken)} of {len(CHECKS)} checks fail: {', '.join(broken)}"
+            if broken
+            else "all checks hold"
+        )
+        held = held and not failed
+    return held
+
+
+def _recurrences(target: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The `[recurrence]` tables to check."""
+    kinds = [target]
+    if target.endswith(".py"):
+        registry.import_user_code(target, Path.cwd())
+        module = registry.module_of((Path.cwd() / target).resolve())
+        kinds = list(registry.defined_in(module, "recurrence"))
+        if not kinds:
+            raise ValueError(
+                f'{target} registers no recurrence: put @register("recurrence", NAME) above a class'
+            )
+    else:
+        registry.lookup("recurrence", target)
+    options = [f"recurrence.{override}" for override in overrides]
+    recipes = [load_recipe({"recurrence": {"kind": kind}}, options) for kind in kinds]
+    return [to_table(recipe.component("recurrence")) for recipe in recipes]
 
 
 def show_prefill(model: LanguageModel, what: str, *, parallel: bool) -> None:

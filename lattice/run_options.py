@@ -22,6 +22,9 @@ class RunOptions:
     accumulate to batch_tokens."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, …"""
+    init_from: str | None = None
+    """Hugging Face directory whose weights a fresh run starts from; newly drawn ones if not given. A run that
+    goes on reads its own checkpoint instead."""
     log_every: int = 10
     """Steps between lines on a terminal that is no TTY; metrics.jsonl holds every step."""
 
@@ -29,6 +32,8 @@ class RunOptions:
         for name in ("steps", "batch_tokens", "sequence_tokens", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
+        if self.init_from is not None and not self.init_from:
+            raise ValueError("init_from = '': must be a Hugging Face directory")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed}: must be at least 0 and less than 2**63")
         if self.batch_tokens % self.sequence_tokens:

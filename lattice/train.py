@@ -48,7 +48,7 @@ def train(
     finished = _finished(folder, recipe)
     if finished is not None:
         return finished
-    preflight.check(recipe)
+    preflight.check(recipe, folder)
     with run_folder.locked(folder):
         run_folder.check_same(folder, recipe)
         graph = training_graph(recipe, folder)

@@ -6,9 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lattice.protocols import Codec, Tokenizer
 from lattice.registry import register
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
 
 
 class BytesCodec:
@@ -16,6 +20,8 @@ class BytesCodec:
 
     vocab_size = 257
     eos_id = 256
+    eos = "<|endoftext|>"
+    """What a `tokenizer.json` calls it; no text encodes to it."""
     fingerprint = hashlib.sha256(b"lattice bytes 1").hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -27,6 +33,28 @@ class BytesCodec:
         if wrong is not None:
             raise ValueError(f"id {wrong} cannot be decoded: the bytes tokenizer has ids 0 to {self.eos_id}")
         return bytes(i for i in ids if i != self.eos_id).decode("utf-8", errors="replace")
+
+    @property
+    def tokenizer(self) -> FastTokenizer:
+        """The same ids from the `tokenizers` library: a byte-level BPE without merges."""
+        from tokenizers import Tokenizer as FastTokenizer
+        from tokenizers import decoders, models, pre_tokenizers
+
+        tokenizer = FastTokenizer(
+            models.BPE(vocab={char: byte for byte, char in _chars().items()}, merges=[])
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([self.eos])
+        return tokenizer
+
+
+def _chars() -> dict[int, str]:
+    """The character that stands for each byte in byte-level vocabularies since GPT-2: those that cannot be
+    printed are shifted beyond 255, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in sorted(printable)} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 @register("tokenizer", "bytes")

@@ -92,14 +92,27 @@ class HuggingFaceTokenizer(Tokenizer):
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError
 
+        unreachable = self._unreachable()
+        cached_only = unreachable is not None
         try:
-            model = Path(huggingface_hub.hf_hub_download(self.name, MODEL))
-        except Exception as error:  # offline, no such repository, no such file, no permission, …
+            model = Path(huggingface_hub.hf_hub_download(self.name, MODEL, local_files_only=cached_only))
+        except Exception as failure:  # offline, no such repository, no such file, no permission, …
+            error = unreachable or failure
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FileNotFoundError(
                 f"name = {self.name!r}: no such file here, and {MODEL} cannot be had from the Hugging Face "
                 f"hub ({type(error).__name__}: {reason}); {help_}"
             ) from error
-        with contextlib.suppress(EntryNotFoundError):  # many tokenizers have none
-            huggingface_hub.hf_hub_download(self.name, CONFIG)  # lands beside the model
+        with contextlib.suppress(EntryNotFoundError):  # many tokenizers have none; it lands beside the model
+            huggingface_hub.hf_hub_download(self.name, CONFIG, local_files_only=cached_only)
         return model
+
+    def _unreachable(self) -> Exception | None:
+        """Why the hub does not answer, asked once: a download would go on asking for half a minute."""
+        import huggingface_hub
+
+        try:
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(self.name, MODEL))
+        except Exception as error:
+            return error
+        return None

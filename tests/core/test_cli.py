@@ -275,7 +275,6 @@ def test_generate_shows_what_the_python_api_computes(call, trained):
     ("arguments", "message"),
     [
         (("--prompt", "x" * 60, "--max-new-tokens", "5"), "a prompt of 60 tokens and 5 new ones do not fit"),
-        (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "a", "--temperature", "-1"), "temperature = -1.0: must be at least 0"),
         (("--prompt", "a", "--top-p", "2"), "top_p = 2.0: must be in (0, 1]"),
         (("--prompt", "a", "--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
@@ -290,22 +289,32 @@ def test_what_cannot_be_generated(arguments, message, call, trained):
     assert out == "", "nothing is printed before it is known that the text fits"
 
 
-# ── export ────────────────────────────────────────────────────────────────────────────────────────
-def test_export_is_a_directory_that_transformers_loads(call, trained, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    code, out, err = call("export", trained, "--out", "hf")
+# ── export and import ─────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("option", ["--to", "--out"])
+def test_export_is_a_directory_that_loads(option, call, trained, tmp_path):
+    code, out, err = call("export", trained, option, "hf")
     assert code == 0, err
     assert "wrote hf" in out
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    ours = lattice.from_pretrained(tmp_path / "hf")
     ids = torch.arange(16)[None]
     with torch.no_grad():
-        expected = theirs(ids).logits
-        assert torch.allclose(ours(ids).logits, expected, atol=1e-5)
-        thinking = lattice.load(trained)
-        assert not torch.allclose(thinking(ids).logits, expected, atol=1e-3), "their model does not think"
-        again = lattice.from_pretrained(tmp_path / "hf", {"kind": "latent_thoughts"})
-        assert torch.equal(again(ids).logits, thinking(ids).logits)
+        expected = lattice.load(trained)(ids).logits
+        assert torch.equal(lattice.from_pretrained(tmp_path / "hf")(ids).logits, expected)
+
+
+def test_import_is_a_recipe_that_runs(call, trained, tmp_path):
+    assert call("export", trained, "--to", "hf")[0] == 0
+    code, out, err = call(
+        *("import", "hf", "--to", "more.toml", "--extends", "tiny.toml"),
+        *("--set", "run.steps=2", "recurrence.thoughts=2"),
+    )
+    assert code == 0, err
+    assert "lattice run more.toml" in out
+    recipe = lattice.load_recipe("more.toml")
+    assert (recipe.run.init_from, recipe.run.steps) == ("hf", 2)
+    assert recipe.component("recurrence").thoughts == 2
+    code, out, err = call("run", "more.toml")
+    assert code == 0, err
+    assert "the weights start from 'hf'" in out
 
 
 # ── what is not there ─────────────────────────────────────────────────────────────────────────────
@@ -315,7 +324,8 @@ def test_export_is_a_directory_that_transformers_loads(call, trained, tmp_path):
         ("run", "nowhere.toml"),
         ("show", "nowhere.toml"),
         ("generate", "nowhere", "--prompt", "a"),
-        ("export", "nowhere", "--out", "hf"),
+        ("export", "nowhere", "--to", "hf"),
+        ("import", "nowhere", "--to", "new.toml"),
         ("run", "."),
     ],
 )

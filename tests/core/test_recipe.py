@@ -9,6 +9,8 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lattice
+from lattice.assemble import open_codec
 from lattice.recipe import RecipeError, load_recipe
 
 DAY = datetime.date(2020, 1, 1)
@@ -387,7 +389,7 @@ kind = "sample"
         ("[run]\nseed = '3'\n", 'bad.toml:2: run.seed = "3": input should be a valid integer'),
         ("[run]\nkind = 'long'\n",
          "bad.toml:2: run.kind: unknown option. Known: seed, steps, batch_tokens, sequence_tokens, "
-         "micro_batch, device, log_every"),
+         "micro_batch, device, init_from, log_every"),
         ("run = 3\n", "bad.toml:1: [run] must be a table, not 3"),
         ("evaluators = 3\n", "bad.toml:1: [evaluators] must hold named tables, [evaluators.name]"),
         ("mask = 'causal'\n", "bad.toml:1: [mask] must be a table, not 'causal'"),
@@ -470,6 +472,44 @@ def test_a_file_that_does_not_import_is_named_with_its_line_and_reason(write, pr
     ):  # fmt: skip
         assert line.startswith("bad.toml:1: imports: '")
         assert reason in line
+
+
+def test_a_failed_import_hides_no_other_problem(write, problems):
+    write("raises.py", "1 / 0\n")
+    found = problems('imports = ["raises.py"]\n[run]\nstep = 3\n[optimizer]\nkind = "adamw"\nlr = -1.0\n')
+    assert len(found) == 3
+    for line, part in zip(found, ("ZeroDivisionError", "run.step", "optimizer.lr = -1"), strict=True):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('kind = "pause"\npause_token_id = 128', "r.toml:6: recurrence.pause_token_id = 128: must be a row"),
+        (
+            'kind = "depth"\ncoda = 5',
+            "default of depth: recurrence.prelude = 1: with coda = 5 leaves none of the 6 layers",
+        ),
+    ],
+)
+def test_options_that_the_backbone_does_not_allow(write, table, message):
+    path = write("r.toml", f'[backbone]\nkind = "gpt_neox"\nvocab_size = 128\n[recurrence]\n{table}\n')
+    with pytest.raises(RecipeError) as caught:
+        lattice.build_model(path, device="meta")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_tokenizer_that_reaches_the_pause_row_is_refused():
+    tables = {
+        "backbone": {"kind": "gpt_neox", "vocab_size": 260},
+        "recurrence": {"kind": "pause", "pause_token_id": 30},
+    }
+    with pytest.raises(
+        RecipeError, match=r"'pause' uses row 30 .* raise backbone.vocab_size to 25\d at least"
+    ):
+        open_codec(load_recipe(tables), None)
+    tables["recurrence"] = {"kind": "pause"}
+    assert open_codec(load_recipe(tables), None).vocab_size < 260
 
 
 def test_a_file_that_was_repaired_imports_in_the_same_process(write):

@@ -236,6 +236,83 @@ def test_components_are_plain_data():
 def test_every_shipped_kind_says_what_it_is(role):
     """`lattice components` shows the first line; a dataclass without one shows its signature instead."""
     for kind, cls in registry.kinds(role).items():
+        if not cls.__module__.startswith("lattice.components"):
+            continue  # of another test
         first = (cls.__doc__ or "").splitlines()[0]
         assert first.endswith((".", ":")) or len(first) > 60, (kind, first)
         assert not first.startswith(f"{cls.__name__}("), kind
+
+
+# ── what a recurrence builds ──────────────────────────────────────────────────────────────────────
+VARIANT = '''
+from dataclasses import dataclass
+from lattice import register
+from lattice.protocols import Recurrence, Unroll, Unrolled
+
+@register("recurrence", "KIND")
+@dataclass(frozen=True, kw_only=True)
+class Mine(Recurrence):
+    """A user's own."""
+
+    DECORATOR
+    def token_passes(self, ARGUMENTS):
+        return 1.0
+
+    def build(self, shape):
+        return MineUnroll()
+
+class MineUnroll(Unroll):
+    def __call__(self, CALL):
+        return Unrolled(stack.run(stack.embed(ids_BL).unsqueeze(2), cache=cache).squeeze(2))
+
+    def step(self, STEP):
+        return self(stack, ids_B1, cache=cache).hidden_BLD
+'''
+RIGHT = {
+    "DECORATOR": "",
+    "ARGUMENTS": "shape, *, training",
+    "CALL": "stack, ids_BL, *, draw=None, cache=None",
+    "STEP": "stack, ids_B1, cache",
+}
+MISFITS = [
+    ({"CALL": "stack, ids_BL, *, draw=None"}, "'__call__' takes .*: it lacks the argument 'cache'"),
+    ({"CALL": "stack, ids_BL, *, draw, kv"}, "lacks the argument 'cache', has an unknown argument 'kv'"),
+    ({"CALL": "stack, ids, *, draw, cache"}, "lacks the argument 'ids_BL', has an unknown argument 'ids'"),
+    (
+        {"STEP": "stack, cache, ids_B1"},
+        r"'step' takes \(stack, cache, ids_B1\), not \(stack, ids_B1, cache\)",
+    ),
+    ({"ARGUMENTS": "training"}, r"'token_passes' takes \(training\), not \(shape, training\)"),
+    ({"DECORATOR": "def parallel_is_exact(self): return True\n"}, "'parallel_is_exact' must be a property"),
+    ({"DECORATOR": "@property", "ARGUMENTS": ""}, "'token_passes' must be a method"),
+]
+
+
+def write_variant(folder, kind, **changes):
+    text = VARIANT.replace("KIND", kind)
+    for name, value in {**RIGHT, **changes}.items():
+        text = text.replace(name, value)
+    path = folder / f"{kind}.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("number", range(len(MISFITS)))
+def test_a_variant_that_does_not_fit_is_refused_at_import(tmp_path, number):
+    kind, (changes, message) = f"misfit_{number}", MISFITS[number]
+    path = write_variant(tmp_path, kind, **changes)
+    with pytest.raises(ImportError, match=message) as caught:
+        registry.import_user_code(str(path), tmp_path)
+    assert path.name in str(caught.value)
+    assert kind not in registry.kinds("recurrence")
+    write_variant(tmp_path, kind, DECORATOR="# repaired, it imports in the same process\n")
+    registry.import_user_code(str(path), tmp_path)
+    assert kind in registry.kinds("recurrence")
+
+
+def test_what_could_not_be_built_at_import_is_looked_at_in_the_model(tmp_path):
+    path = write_variant(tmp_path, "late", CALL="stack, ids_BL", DECORATOR="size: int")
+    registry.import_user_code(str(path), tmp_path)
+    tables = {"backbone": {"kind": "llama"}, "recurrence": {"kind": "late", "size": 3}}
+    with pytest.raises(TypeError, match=r"MineUnroll is no Unroll: .*lacks the argument 'draw'"):
+        lattice.build_model(tables, device="meta")

@@ -174,6 +174,17 @@ def test_a_tied_head_stays_tied_where_the_file_holds_both(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+def test_a_tied_head_of_which_the_file_holds_two_is_refused(kind, tmp_path):
+    saved_by_transformers(kind, "tied", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = {"gpt_neox": "embed_out.weight", "llama": "lm_head.weight"}[kind]
+    weights[head] = torch.randn(VOCABULARY, 24)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"embed_\w+\.weight and {head} are one tied weight"):
+        lattice.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
 def test_an_untied_head_stays_untied(kind, tmp_path):
     saved_by_transformers(kind, next(name for backbone, name in CASES if backbone == kind), tmp_path)
     model = lattice.from_pretrained(tmp_path)
@@ -195,14 +206,17 @@ def test_configurations_of_older_transformers(tmp_path):
     assert_same_logits(lattice.from_pretrained(tmp_path), theirs, some_ids())
 
 
-def test_thoughts_on_loaded_weights_are_written_down_and_ignored_by_transformers(tmp_path):
+def test_thoughts_on_loaded_weights_are_written_down(tmp_path):
     theirs = saved_by_transformers("llama", "grouped_4_2", tmp_path / "theirs")
-    thinking = lattice.from_pretrained(tmp_path / "theirs", {"kind": "latent_thoughts", "thoughts": 2})
-    assert not torch.allclose(thinking(some_ids()).logits, theirs(some_ids()).logits, atol=1e-2)
+    table = {"kind": "latent_thoughts", "thoughts": 2}
+    thinking = lattice.from_pretrained(tmp_path / "theirs", table)
+    logits = thinking(some_ids()).logits
+    assert not torch.allclose(logits, theirs(some_ids()).logits, atol=1e-2)
     lattice.save_pretrained(thinking, tmp_path / "ours")
-    written = json.loads((tmp_path / "ours/config.json").read_text())["lattice_recurrence"]
-    assert (written["kind"], written["thoughts"]) == ("latent_thoughts", 2)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    again = lattice.from_pretrained(tmp_path / "ours")
+    assert again.recurrence == thinking.recurrence
+    assert torch.equal(again(some_ids()).logits, logits)
+    plain = lattice.from_pretrained(tmp_path / "ours", {"kind": "none"})
     torch.testing.assert_close(plain(some_ids()).logits, theirs(some_ids()).logits)
 
 
@@ -261,7 +275,7 @@ def test_configuration_that_is_no_json(folder):
             "num_attention_heads = 4: must be a multiple of num_key_value_heads",
         ),
         ({"hidden_size": "24"}, "'str' and 'int'"),
-        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"attention_bias": "yes"}, r"^[^ ]*/config\.json: backbone\.attention_bias = \"yes\""),
     ],
 )
 def test_configuration_that_is_not_implemented(folder, settings, message):

@@ -158,11 +158,37 @@ def test_huggingface_offline_says_how_to_provide_it(monkeypatch):
         HuggingFaceTokenizer(name="a/b/c").build(None)
 
 
+def test_huggingface_asks_a_hub_that_does_not_answer_once_and_looks_in_the_cache(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    made, asked = bpe(tmp_path / "hub"), []
+
+    def no_answer(url):
+        asked.append(url)
+        raise OSError("no route to host")
+
+    def download(name, file, *, local_files_only):
+        assert local_files_only, "a download would ask again and again"
+        if name != "owner/cached":
+            raise FileNotFoundError("not in the cache")
+        return str(tmp_path / "hub" / file)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_answer)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert HuggingFaceTokenizer(name="owner/cached").build(None).fingerprint == made.fingerprint
+    with pytest.raises(FileNotFoundError, match=r"'owner/other'.*OSError: no route to host"):
+        HuggingFaceTokenizer(name="owner/other").build(None)
+    assert len(asked) == 2
+
+
 def test_huggingface_from_the_hub_keeps_what_it_took(tmp_path, monkeypatch):
     import huggingface_hub
 
     made = bpe(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / "hub" / file))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda name, file, **_: str(tmp_path / "hub" / file)
+    )
     HuggingFaceTokenizer(name="owner/name").build(tmp_path / "saved")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     assert HuggingFaceTokenizer(name="owner/name").build(tmp_path / "saved").fingerprint == made.fingerprint

@@ -1,0 +1,1 @@
+"""In and out of the Hugging Face ecosystem; see docs/huggingface.md."""

@@ -1,0 +1,211 @@
+"""The checks. Each returns the smallest counterexample it finds, or None.
+
+Shapes: B batch, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from lattice.draws import Draw
+from lattice.model import LanguageModel
+from lattice.options import to_table
+from lattice.recipe import load_recipe
+from lattice.testing.subject import (
+    CONTEXT,
+    LAYERS,
+    VOCABULARY,
+    Subject,
+    difference,
+    padded,
+    small_shapes,
+    stepwise,
+)
+
+DRAWS = 48
+
+
+def shapes(subject: Subject) -> str | None:
+    """Logits are (B, L, V) and finite, for one token and for a whole context."""
+    model = subject.model()
+    for rows, length in [*small_shapes(), (1, CONTEXT)]:
+        logits = model(subject.ids(rows, length)).logits
+        if logits.shape != (rows, length, VOCABULARY):
+            return f"B={rows}, L={length}: logits are {tuple(logits.shape)}, not {(rows, length, VOCABULARY)}"
+        if not torch.isfinite(logits).all():
+            return f"B={rows}, L={length}: logits are not finite"
+    return None
+
+
+def causality(subject: Subject) -> str | None:
+    """No logits depend on a later token."""
+    model = subject.model()
+    for _, length in small_shapes():
+        ids = subject.ids(1, length)
+        before = model(ids).logits
+        for at in range(1, length):
+            changed = ids.clone()
+            changed[0, at] = next(int(i) for i in subject.ids(1, 64, seed=1)[0] if i != ids[0, at])
+            gap = (model(changed).logits - before)[0, :at].abs().amax(dim=-1)
+            if gap.max() > subject.tolerance:
+                whose = f"the logits of token {int(gap.argmax())} by {gap.max():.1e}"
+                return f"L={length}: changing token {at} changes {whose}"
+    return None
+
+
+def parallel_and_sequential(subject: Subject) -> str | None:
+    """The parallel evaluation is that of one token after the other, exactly or with iterations enough."""
+    for rows, length in small_shapes():
+        component = subject.component
+        if not component.parallel_is_exact:
+            converged = subject.converged(length)
+            if converged is None:
+                return None  # an approximation by its own word, and with nothing to converge by
+            component = converged
+        model, ids = subject.model(component), subject.ids(rows, length)
+        gap = difference(model(ids).logits, stepwise(model, ids))
+        if gap > (subject.tolerance if component is subject.component else 1e-8):
+            return f"B={rows}, L={length}: parallel and step-by-step logits differ by {gap:.1e}"
+    return None
+
+
+def cached_decoding(subject: Subject) -> str | None:
+    """Decoding on from a prefilled cache gives what evaluating the whole from the start gives."""
+    for rows, length in small_shapes():
+        component = subject.component
+        if not component.parallel_is_exact:
+            component = subject.converged(length) or component
+        model, ids = subject.model(component), subject.ids(rows, length)
+        converged = component.parallel_is_exact or component is not subject.component
+        for prompt in range(1, length):
+            whole = model(ids).logits if converged else stepwise(model, ids)
+            logits, cache = model.prefill(ids[:, :prompt], parallel=converged)
+            columns = [logits] + [model.step(ids[:, at : at + 1], cache) for at in range(prompt, length)]
+            gap = difference(torch.stack(columns, dim=1), whole[:, prompt - 1 :])
+            if gap > (1e-8 if converged and component is not subject.component else subject.tolerance):
+                return f"B={rows}, prompt of {prompt}, {length - prompt} more: logits differ by {gap:.1e}"
+    return None
+
+
+def batch_and_padding(subject: Subject) -> str | None:
+    """A row of a padded batch gets what it gets alone, evaluated at once or decoded."""
+    model = subject.model()
+    for lengths in ([1, 2], [3, 2], [1, 4, 6]):
+        longest = max(lengths)
+        ids = subject.ids(len(lengths), longest)
+        for left in (True, False):
+            mask = padded(lengths, left=left)
+            ways: dict[str, Any] = {"forward": model(ids, attention_mask=mask).logits}
+            if left:
+                ways["decoding"] = stepwise(model, ids, mask)
+            for row, real in enumerate(mask.bool()):
+                alone = ids[row : row + 1, real]
+                for way, together in ways.items():
+                    own = model(alone).logits if way == "forward" else stepwise(model, alone)
+                    gap = difference(together[row, real], own[0])
+                    if gap > 1e-8:
+                        where = f"lengths {lengths}, padded on the {'left' if left else 'right'}"
+                        return f"{where}: {way} of row {row} differs from the row alone by {gap:.1e}"
+    return None
+
+
+def documents(subject: Subject) -> str | None:
+    """Under the document mask a packed document gets what it gets alone."""
+    model = subject.model(mask={"kind": "document"})
+    for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2]):
+        ids, document = subject.ids(1, len(numbers)), torch.tensor([numbers])
+        packed = model(ids, documents=document).logits
+        for number in sorted(set(numbers)):
+            inside = document[0] == number
+            gap = difference(packed[0, inside], model(ids[:, inside]).logits[0])
+            if gap > subject.tolerance:
+                return f"documents {numbers}: logits of document {number} differ from it alone by {gap:.1e}"
+    return None
+
+
+def gradients(subject: Subject) -> str | None:
+    """The loss of a training step has a finite gradient for every parameter."""
+    model, ids = subject.model(), subject.ids(2, 6)
+    reached: set[str] = set()
+    for step in range(4):
+        model.zero_grad()
+        loss = model(ids, targets=ids.roll(-1, 1), draw=Draw(0, step)).loss
+        assert loss is not None
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            if not torch.isfinite(parameter.grad).all():
+                return f"B=2, L=6, step {step}: the gradient of {name} is not finite"
+            if parameter.grad.abs().max() > 0:
+                reached.add(name)
+    missing = [name for name, _ in model.named_parameters() if name not in reached]
+    return f"B=2, L=6: no gradient reaches {', '.join(missing[:3])}" if missing else None
+
+
+def determinism(subject: Subject) -> str | None:
+    """A forward is a function of its inputs; the random choices of training come from the draw alone."""
+    model, ids = subject.model(), subject.ids(2, 4)
+    for name, draw in (("evaluation", None), ("training with one draw", Draw(0, 3))):
+        model.train(draw is not None)
+        torch.manual_seed(1)
+        first = model(ids, draw=draw).logits
+        torch.manual_seed(2)
+        gap = difference(first, model(ids, draw=draw).logits)
+        if gap > 0:
+            return f"B=2, L=4, {name}: two forwards differ by {gap:.1e}"
+    return None
+
+
+def cost(subject: Subject) -> str | None:
+    """Token-passes and slots are as declared."""
+    model, rows, length = subject.model(), 1, 3
+    ids, shape = subject.ids(rows, length), model.shape
+    declared = subject.component.token_passes(shape, training=False)
+    counted = _token_passes(model, ids, None)
+    early = getattr(subject.component, "tolerance", None) is not None
+    if (counted > declared + 1e-6) if early else abs(counted - declared) > 1e-6:
+        return f"evaluation takes {counted:g} token-passes, declared are {declared:g}"
+    drawn = [_token_passes(model, ids, Draw(0, step)) for step in range(DRAWS)]
+    declared, mean = subject.component.token_passes(shape, training=True), statistics.mean(drawn)
+    if abs(mean - declared) > 5 * statistics.stdev(drawn) / DRAWS**0.5 + 1e-6:
+        return f"training takes {mean:g} token-passes in the mean of {DRAWS} steps, declared are {declared:g}"
+    _, cache = model.prefill(ids)
+    assert cache.slots is not None
+    entries = len(cache.slots.token_S) / length
+    if entries != subject.component.slots:
+        return f"a token takes {entries:g} slots of the cache, declared are {subject.component.slots}"
+    return None
+
+
+def _token_passes(model: LanguageModel, ids: torch.Tensor, draw: Draw | None) -> float:
+    counted: list[int] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, inputs: counted.append(inputs[0].shape[1]))
+        for block in model.decoder.blocks
+    ]
+    with torch.no_grad():
+        model(ids, draw=draw)
+    for hook in hooks:
+        hook.remove()
+    return sum(counted) / LAYERS / ids.shape[1]
+
+
+def save_and_load(subject: Subject) -> str | None:
+    """Options survive a recipe, and weights a file: the model that comes back gives the same logits."""
+    table = to_table(subject.component)
+    again = load_recipe({"recurrence": table}).component("recurrence")
+    if again != subject.component:
+        return f"the options {table} come back from a recipe as {to_table(again)}"
+    model, other, ids = subject.model(), subject.model(seed=6), subject.ids(2, 4)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        other.load_state_dict(load(save(state)))
+    except RuntimeError as error:
+        return f"weights do not load: {error}"
+    gap = difference(model(ids).logits, other(ids).logits)
+    return f"B=2, L=4: logits differ by {gap:.1e} after the weights were loaded" if gap > 0 else None

@@ -1,0 +1,129 @@
+"""Recurrences with one mistake each, to see that the check meant for it says so."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lattice import register
+from lattice.protocols import Recurrence, Unroll, Unrolled
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoPasses(Recurrence):
+    unroll = None
+
+    def token_passes(self, shape, *, training):
+        return 2.0
+
+    def build(self, shape):
+        return type(self).unroll(shape)
+
+
+class Again(nn.Module, Unroll):
+    """Right: the hidden state is added to the input, and the layers run again."""
+
+    def __init__(self, shape):
+        super().__init__()
+
+    def between(self, hidden_BL1D):
+        return hidden_BL1D
+
+    def keys(self, cache, index):
+        return None if cache is None else cache.of_pass(index)
+
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        token_BL1D = stack.embed(ids_BL).unsqueeze(2)
+        hidden_BL1D = self.between(stack.run(token_BL1D, cache=self.keys(cache, 0)))
+        return Unrolled(stack.run(token_BL1D + hidden_BL1D, cache=self.keys(cache, 1)).squeeze(2))
+
+
+def kind(name, base=TwoPasses):
+    """Registers a recurrence that builds the class below."""
+
+    def decorate(unroll):
+        cls = dataclass(frozen=True, kw_only=True)(
+            type(name, (base,), {"unroll": unroll, "__doc__": name, "__module__": __name__})
+        )
+        register("recurrence", name)(cls)
+        return unroll
+
+    return decorate
+
+
+kind("right")(Again)
+
+
+@kind("future_leak")
+class FutureLeak(Again):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D + 0.1 * hidden_BL1D.mean(dim=1, keepdim=True)
+
+
+@kind("wrong_positions")
+class WrongPositions(Again):
+    def between(self, hidden_BL1D):
+        return (
+            hidden_BL1D
+            * torch.linspace(1, 2, 64, dtype=hidden_BL1D.dtype)[: hidden_BL1D.shape[1], None, None]
+        )
+
+
+@kind("wrong_stages")
+class WrongStages(Again):
+    def step(self, stack, ids_B1, cache):
+        """Decodes with one pass, where training has two."""
+        return stack.run(stack.embed(ids_B1).unsqueeze(2), cache=cache).squeeze(2)
+
+
+@kind("stale_cache")
+class StaleCache(Again):
+    def keys(self, cache, index):
+        return cache
+
+
+@kind("undeclared_pass")
+class UndeclaredPass(Again):
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        if draw is not None:
+            stack.run(stack.embed(ids_BL).unsqueeze(2))
+        return super().forward(stack, ids_BL, draw=draw, cache=cache)
+
+
+@kind("global_random")
+class GlobalRandom(Again):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D * torch.rand(()).item()
+
+
+@kind("idle_parameter")
+class IdleParameter(Again):
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+@kind("carried_state")
+class CarriedState(Again):
+    """Causal, but past the mask: a sum over earlier tokens of the row."""
+
+    def between(self, hidden_BL1D):
+        return hidden_BL1D.cumsum(dim=1)
+
+
+@kind("hidden_weight")
+class HiddenWeight(Again):
+    """A tensor that no state dict holds."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.weight = torch.randn(shape.hidden_size, dtype=torch.float64)
+
+    def between(self, hidden_BL1D):
+        return hidden_BL1D * self.weight
+
+
+@kind("wrong_shape")
+class WrongShape(Again):
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        return Unrolled(super().forward(stack, ids_BL, draw=draw, cache=cache).hidden_BLD[:, :, None])

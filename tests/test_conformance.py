@@ -1,0 +1,160 @@
+"""The conformance kit: built-in kinds pass, every broken variant is caught by the check meant for it."""
+
+from pathlib import Path
+
+import pytest
+
+import lattice
+from lattice import cli, registry
+from lattice.testing import BACKBONES, assert_conforms, check_recurrence
+
+TABLES = [
+    {"kind": "none"},
+    {"kind": "pause", "pauses": 2, "pause_token_id": 3},
+    {"kind": "loop", "loops": 2},
+    {"kind": "ponder", "steps": 2, "top_k": 4},
+    {"kind": "ponder", "steps": 1, "accumulate": False},
+    {"kind": "hidden_ponder", "steps": 2},
+    {"kind": "depth", "prelude": 0, "coda": 2, "normalize": False},
+    {"kind": "depth", "inject": "concat", "repetitions": {"train": [1, 3], "eval": 2}, "grad_passes": 1},
+    {"kind": "depth", "tolerance": 1e-3, "repetitions": {"train": [2, 3], "eval": 12}},
+    {"kind": "latent_thoughts", "thoughts": 0},
+    {"kind": "latent_thoughts", "thoughts": 2},
+    {"kind": "latent_thoughts", "thoughts": 1, "feedback": "softmax", "top_k": 4, "grad_passes": 2},
+    {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
+    {"kind": "latent_thoughts", "thoughts": 1, "tolerance": 1e-4, "jacobi": {"eval": 12}},
+]
+BROKEN = {
+    "future_leak": "causality",
+    "wrong_positions": "batch and padding",
+    "wrong_stages": "parallel and sequential",
+    "stale_cache": "cached decoding",
+    "undeclared_pass": "cost",
+    "global_random": "determinism",
+    "idle_parameter": "gradients",
+    "carried_state": "documents",
+    "hidden_weight": "save and load",
+    "wrong_shape": "shapes",
+}
+registry.import_user_code("broken_variants.py", Path(__file__).parent)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: "-".join(map(str, table.values())))
+def test_built_in_kinds_conform(table, backbone):
+    assert_conforms(table, backbone=backbone)
+
+
+def test_every_built_in_kind_is_here():
+    built_in = {
+        kind
+        for kind, cls in registry.kinds("recurrence").items()
+        if cls.__module__.startswith("lattice.components")
+    }
+    assert {table["kind"] for table in TABLES} == built_in
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_variants_are_caught(kind):
+    failed = {result.check: result for result in check_recurrence({"kind": kind}) if not result.held}
+    assert BROKEN[kind] in failed
+    assert not failed[BROKEN[kind]].counterexample.startswith("raises")
+    if kind in ("undeclared_pass", "idle_parameter", "hidden_weight"):  # nothing else is wrong with these
+        assert set(failed) == {BROKEN[kind]}
+
+
+def test_the_same_without_the_mistake_conforms():
+    assert_conforms({"kind": "right"})
+
+
+def test_the_counterexample_is_the_smallest():
+    (result,) = check_recurrence({"kind": "future_leak"}, checks=["causality"], backbones=["llama"])
+    assert result.counterexample.startswith("L=2: changing token 1 changes the logits of token 0 by ")
+    (result,) = check_recurrence({"kind": "stale_cache"}, checks=["cached decoding"], backbones=["gpt_neox"])
+    assert result.counterexample.startswith("B=1, prompt of 1, 1 more: logits differ by ")
+    (result,) = check_recurrence({"kind": "undeclared_pass"}, checks=["cost"], backbones=["llama"])
+    assert "training takes 3 token-passes" in result.counterexample
+    assert "declared are 2" in result.counterexample
+
+
+def test_what_cannot_be_checked():
+    with pytest.raises(ValueError, match="check = 'speed': must be one of shapes, causality"):
+        check_recurrence({"kind": "none"}, checks=["speed"])
+    with pytest.raises(ValueError, match="backbone = 'mamba': must be one of"):
+        check_recurrence({"kind": "none"}, backbones=["mamba"])
+    with pytest.raises(lattice.RecipeError, match="loops = -1"):
+        check_recurrence({"kind": "loop", "loops": -1})
+    with pytest.raises(AssertionError, match=r"causality \(llama\): L=2"):
+        assert_conforms({"kind": "future_leak"}, backbone="llama")
+
+
+def run(capsys, *arguments):
+    code = 0
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "check", "loop", "--set", "loops=2")
+    assert code == 0
+    assert "all checks hold" in out
+    Path("leak.py").write_text(
+        (Path(__file__).parent / "broken_variants.py")
+        .read_text()
+        .split('@kind("wrong_positions")')[0]
+        .replace('"future_leak"', '"leak_of_mine"')
+        .replace('kind("right")(Again)', "")
+    )
+    code, out, _ = run(capsys, "check", "leak.py")
+    assert code == 1
+    assert "leak_of_mine" in out
+    assert "checks fail: " in out
+    assert "causality" in out
+    for target, message in [
+        ("lop", "did you mean 'loop'?"),
+        ("gone.py", "gone.py does not exist"),
+        ("empty.py", "registers no recurrence"),
+    ]:
+        Path("empty.py").write_text("")
+        code, _, err = run(capsys, "check", target)
+        assert code == 2
+        assert message in err
+
+
+def test_new_writes_what_conforms_and_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "new", "recurrence", "fresh_idea")
+    assert code == 0
+    assert "lattice check fresh_idea.py" in out
+    assert len(Path("fresh_idea.py").read_text().splitlines()) < 40
+    code, out, _ = run(capsys, "check", "fresh_idea.py")
+    assert (code, "all checks hold" in out) == (0, True)
+    summary = lattice.train(
+        "fresh_idea.toml",
+        overrides=[
+            "run.steps=2",
+            "run.batch_tokens=128",
+            "backbone.hidden_size=16",
+            "backbone.vocab_size=300",
+            "tokenizer.vocab_size=300",
+            "data.megabytes=0.05",
+            "evaluators.validation.max_tokens=128",
+        ],
+    )
+    assert summary["steps"] == 2
+    for arguments, message in [
+        (("recurrence", "fresh_idea"), "fresh_idea"),
+        (("recurrence", "other"), None),
+        (("recurrence", "loop"), "exists already"),
+        (("recurrence", "3x"), "must be a Python identifier"),
+        (("recurrence", "class"), "must be a Python identifier"),
+        (("mask", "mine"), "must be one of recurrence"),
+    ]:
+        code, _, err = run(capsys, "new", *arguments)
+        assert code == (2 if message else 0)
+        assert (message or "") in err
