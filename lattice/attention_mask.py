@@ -51,14 +51,20 @@ def _composed(query: Side, key: Side, further: Tensor | None) -> Tensor:
     return seen | ((key.token == query.token) & (key.stage == query.stage))
 
 
+def _rows(queries: Slots, keys: Slots) -> int:
+    """The batch size, or 1 where all rows are alike."""
+    per_row = [queries.document_BS, queries.real_BS, keys.document_BS, keys.real_BS]
+    return max((len(values) for values in per_row if values is not None), default=1)
+
+
 def _check(mask: Mask, further: Tensor, queries: Slots, keys: Slots) -> None:
-    size = len(queries.token_S), len(keys.token_S)
-    fits = further.dim() == 3 and all(a in (1, b) for a, b in zip(further.shape[1:], size, strict=True))
+    size = _rows(queries, keys), len(queries.token_S), len(keys.token_S)
+    fits = further.dim() == 3 and all(a in (1, b) for a, b in zip(further.shape, size, strict=True))
     if further.dtype != torch.bool or not fits:
         name = getattr(mask, "kind", type(mask).__name__)
         raise ValueError(
             f"mask '{name}': sees() gave {further.dtype} of shape {tuple(further.shape)}; must be booleans "
-            f"that broadcast to (batch, {size[0]}, {size[1]})"
+            f"that broadcast to {size}"
         )
 
 
@@ -69,9 +75,10 @@ def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> 
     """
     size = len(queries.token_S), len(keys.token_S)
     whole = newest and size[0] == size[1]
-    many = queries.token_S.device.type == "cuda" and size[0] >= BLOCKS_FROM
-    if many and not (whole and is_causal(mask, queries, keys)):
-        return AttentionMask(causal=False, blocks=block_mask(mask, queries, keys))
+    if queries.token_S.device.type == "cuda" and size[0] >= BLOCKS_FROM:
+        plain = is_causal(mask, queries, keys)  # asked of every mask: it checks what sees() gives
+        if not (whole and plain):
+            return AttentionMask(causal=False, blocks=block_mask(mask, queries, keys))
     seen = allowed(mask, queries, keys)
     if seen is None:
         if whole:
@@ -90,8 +97,7 @@ def block_mask(mask: Mask, queries: Slots, keys: Slots) -> object:
         query, key = queries.at(row, query_index), keys.at(row, key_index)
         return _composed(query, key, mask.sees(query, key))
 
-    per_row = [keys.document_BS, keys.real_BS]
-    rows = max((len(values) for values in per_row if values is not None), default=1)
+    rows = _rows(queries, keys)
     return create_block_mask(
         mask_mod,
         B=rows if rows > 1 else None,

@@ -27,7 +27,7 @@ def load(
     FileNotFoundError where there is no run or no checkpoint, ValueError where a checkpoint is damaged or of
     another model.
     """
-    folder, checkpoint = _locate(Path(path))
+    folder, checkpoint = locate(Path(path))
     recipe = recipe_of(folder, overrides=overrides, trust_imports=trust_imports)
     component: Checkpoint = recipe.component("checkpoint")
     checkpointer = component.build(folder / "checkpoints")
@@ -41,17 +41,17 @@ def load(
 
 def recipe_of(path: str | Path, *, overrides: Iterable[str] = (), trust_imports: bool = False) -> Recipe:
     """The recipe that a run, or the run of a checkpoint, followed, with `overrides` over it."""
-    folder, _ = _locate(Path(path))
+    folder, _ = locate(Path(path))
     return load_recipe(read_table(folder), overrides, allow_imports=trust_imports)
 
 
 def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:
     """The tokenizer that a run saved."""
-    folder, _ = _locate(Path(path))
+    folder, _ = locate(Path(path))
     return open_codec(recipe_of(folder, trust_imports=trust_imports), folder / "tokenizer")
 
 
-def _locate(path: Path) -> tuple[Path, Path | None]:
+def locate(path: Path) -> tuple[Path, Path | None]:
     """The run's directory, and the checkpoint if `path` is one."""
     if (path / RECIPE).is_file():
         return path, None

@@ -5,6 +5,8 @@ Shapes: B batch, L tokens, n stages a token, S = L·n slots, D hidden, V vocabul
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,10 @@ class Stack:
         self._mask = mask
         self._checkpointing = checkpointing
         self._tokens = tokens
-        self._masks: dict[tuple[int, Segment, int], AttentionMask] = {}
+        self._masks: dict[Segment, AttentionMask] = {}
+        # Those of a cache go when it goes: the next one may get its place in memory, and so its id.
+        self._cached: WeakKeyDictionary[KVCache, dict[tuple[Segment, int], AttentionMask]]
+        self._cached = WeakKeyDictionary()
         self._rotary: dict[int, Rotary] = {}
 
     @property
@@ -100,15 +105,18 @@ class Stack:
 
     def _attention_mask(self, segment: Segment, cache: KVCache | None) -> AttentionMask:
         """Built once for each layout of queries and keys."""
-        newest = cache is None or not cache.holds(segment)
-        key = (id(cache), segment, 0 if cache is None else cache.segments)
-        if key in self._masks and (cache is None or not newest):
-            return self._masks[key]
-        queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
-        keys = queries if cache is None else cache.place(segment, queries)
-        mask = attention_mask(self._mask, queries, keys, newest=newest)
-        self._masks[id(cache), segment, 0 if cache is None else cache.segments] = mask
-        return mask
+        if cache is None:
+            if segment not in self._masks:
+                queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
+                self._masks[segment] = attention_mask(self._mask, queries, queries, newest=True)
+            return self._masks[segment]
+        newest = not cache.holds(segment)
+        masks = self._cached.setdefault(cache, {})
+        if newest or (segment, cache.segments) not in masks:
+            queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
+            keys = cache.place(segment, queries)
+            masks[segment, cache.segments] = attention_mask(self._mask, queries, keys, newest=newest)
+        return masks[segment, cache.segments]
 
     def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
         if stages not in self._rotary:

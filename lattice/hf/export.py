@@ -10,7 +10,7 @@ from lattice.atomic import write_json
 from lattice.hf.card import write_card
 from lattice.hf.tokenizer import export_tokenizer
 from lattice.hf.write import is_plain, write_model
-from lattice.load import _locate, codec_of, recipe_of
+from lattice.load import codec_of, locate, recipe_of
 from lattice.model import LanguageModel
 from lattice.protocols import Checkpoint, Codec
 from lattice.state import weights
@@ -22,7 +22,7 @@ def export(run: str | Path, folder: str | Path, *, trust_imports: bool = False) 
     Raises FileNotFoundError where there is no run or no checkpoint; ValueError where a checkpoint is damaged,
     where the recipe imports code and that is not allowed, and where a component cannot go along.
     """
-    run, checkpoint = _locate(Path(run))
+    run, checkpoint = locate(Path(run))
     folder = Path(folder)
     recipe = recipe_of(run, trust_imports=trust_imports)
     codec = codec_of(run, trust_imports=trust_imports)
