@@ -1,6 +1,7 @@
 """What every backbone module offers: embedding, layers, final norm, head; and the attention they share.
 
-Shapes: B batch, S slots, D hidden, H query heads, G key/value heads, E head size, V vocabulary.
+Shapes: B batch, L tokens, n stages, S = L·n slots, D hidden, H query heads, G key/value heads, E head size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,6 +38,78 @@ class AttentionMask:
     """FlexAttention's BlockMask."""
 
 
+class Projected(NamedTuple):
+    """Queries (…, H, E), keys and values (…, G, E) of slots, before rotation."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Alone(NamedTuple):
+    """What a layer makes of each slot alone, whatever the others are."""
+
+    projected: Projected
+    local: Tensor
+    """(…, D)"""
+
+
+class Block(nn.Module, ABC):
+    """One layer, taken apart where slots meet: `project` and `local` read a slot alone, attention mixes, and
+    `finish` adds up."""
+
+    @abstractmethod
+    def project(self, x_D: Tensor) -> Projected: ...
+
+    @abstractmethod
+    def local(self, x_D: Tensor) -> Tensor:
+        """(…, D) -> (…, D): what goes past attention; the input, and with a parallel residual the MLP."""
+
+    @abstractmethod
+    def finish(self, attended_E: Tensor, local_D: Tensor) -> Tensor:
+        """From what attention gave (…, H·E) and what went past it (…, D) to the layer's output (…, D)."""
+
+    def alone(self, x_D: Tensor) -> Alone:
+        return Alone(self.project(x_D), self.local(x_D))
+
+    def forward(
+        self,
+        x_BLnD: Tensor,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: LayerCache | None,
+        read: slice = slice(None),
+        given: Alone | None = None,
+    ) -> Tensor:
+        """The stages `read` of the output, (B, L, r, D); of the others only keys and values are computed.
+
+        `given` is the part of the stages before those in `x_BLnD`, if it is known already; all is read then.
+        """
+        length, fresh = x_BLnD.shape[1:3]
+        if given is None:
+            projected = self.project(x_BLnD)
+        elif fresh:
+            pairs = zip(given.projected, self.project(x_BLnD), strict=True)
+            projected = Projected(*(torch.cat(pair, dim=2) for pair in pairs))
+        else:
+            projected = given.projected
+        query_BHSE, key_BGSE, value_BGSE = (heads.flatten(1, 2).transpose(1, 2) for heads in projected)
+        key_BGSE, value_BGSE = store(key_BGSE, value_BGSE, rotary, cache)
+        if given is None and not range(fresh)[read]:
+            return x_BLnD[:, :, read]
+        attended_BSE = attend(query_BHSE, key_BGSE, value_BGSE, rotary, mask)
+        batch, slots, size = attended_BSE.shape
+        attended_BLrE = attended_BSE.view(batch, length, slots // length, size)[:, :, read]
+        return self.finish(attended_BLrE, self._local(x_BLnD[:, :, read], given))
+
+    def _local(self, x_BLrD: Tensor, given: Alone | None) -> Tensor:
+        if given is None:
+            return self.local(x_BLrD)
+        if not x_BLrD.shape[2]:
+            return given.local
+        return torch.cat([given.local, self.local(x_BLrD)], dim=2)
+
+
 class Decoder(nn.Module, ABC):
     """A decoder-only transformer taken apart, so that a recurrence can run the parts it needs."""
 
@@ -47,7 +120,7 @@ class Decoder(nn.Module, ABC):
     @property
     @abstractmethod
     def blocks(self) -> nn.ModuleList:
-        """Each is called as block(hidden_BSD, rotary, mask, cache) -> hidden_BSD."""
+        """The layers, each a `Block`."""
 
     @property
     @abstractmethod
@@ -106,18 +179,19 @@ def rotate(x_BHSE: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([turned, x_BHSE[..., dimensions:]], dim=-1)
 
 
+def store(
+    key_BGSE: Tensor, value_BGSE: Tensor, rotary: Rotary, layer_cache: LayerCache | None
+) -> tuple[Tensor, Tensor]:
+    """Rotates the keys and puts them and the values in the cache; returns those of all slots."""
+    key_BGSE = rotate(key_BGSE, rotary)
+    return (key_BGSE, value_BGSE) if layer_cache is None else layer_cache.append(key_BGSE, value_BGSE)
+
+
 def attend(
-    query_BHSE: Tensor,
-    key_BGSE: Tensor,
-    value_BGSE: Tensor,
-    rotary: Rotary,
-    mask: AttentionMask,
-    layer_cache: LayerCache | None,
+    query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rotary: Rotary, mask: AttentionMask
 ) -> Tensor:
-    """Rotary embedding, cache and scaled dot-product attention: (B, S, H·E)."""
-    query_BHSE, key_BGSE = rotate(query_BHSE, rotary), rotate(key_BGSE, rotary)
-    if layer_cache is not None:
-        key_BGSE, value_BGSE = layer_cache.append(key_BGSE, value_BGSE)
+    """Rotates the queries; scaled dot-product attention: (B, S, H·E)."""
+    query_BHSE = rotate(query_BHSE, rotary)
     shared = query_BHSE.shape[1] != key_BGSE.shape[1]
     if mask.blocks is not None:
         flex = _flex_attention(query_BHSE.device.type)

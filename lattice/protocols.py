@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lattice.draws import Draw
     from lattice.slots import Side
     from lattice.stack import Stack
+
+T = TypeVar("T")
 
 
 # ── recurrence ────────────────────────────────────────────────────────────────────────────────────
@@ -171,11 +173,11 @@ class ActivationCheckpoint(Protocol):
     """What is kept of the forward pass and what is computed again in the backward pass."""
 
     @abstractmethod
-    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def block(self, call: Callable[..., T]) -> Callable[..., T]:
         """Wraps the call of one layer."""
 
     @abstractmethod
-    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole_pass(self, call: Callable[..., T]) -> Callable[..., T]:
         """Wraps one pass through a run of layers."""
 
 

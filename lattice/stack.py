@@ -5,6 +5,8 @@ Shapes: B batch, L tokens, n stages a token, S = L·n slots, D hidden, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,9 +14,29 @@ from torch import Tensor
 
 from lattice.attention_mask import attention_mask
 from lattice.cache import KVCache, Segment
-from lattice.decoder import AttentionMask, Decoder, Rotary
+from lattice.decoder import Alone, AttentionMask, Block, Decoder, Rotary
 from lattice.protocols import ActivationCheckpoint, Mask
 from lattice.slots import Slots, Tokens
+
+ALL = slice(None)
+
+
+class Fixed:
+    """Slots (B, L, n, D) that are the input of several passes, unchanged. What the first layer makes of each
+    of them alone does not change either, and is computed once."""
+
+    def __init__(self, slots_BLnD: Tensor, checkpointing: ActivationCheckpoint) -> None:
+        self.slots_BLnD = slots_BLnD
+        self._checkpointing = checkpointing
+        self._alone: dict[tuple[int, bool], Alone] = {}
+
+    def alone(self, block: Block) -> Alone:
+        # Computed anew for the passes with gradients, where those before had none.
+        key = (id(block), torch.is_grad_enabled())
+        if key not in self._alone:
+            call = self._checkpointing.whole_pass(self._checkpointing.block(block.alone))
+            self._alone[key] = call(self.slots_BLnD)
+        return self._alone[key]
 
 
 class Stack:
@@ -68,39 +90,58 @@ class Stack:
         """What a pass over these stages writes to a cache."""
         return Segment(self._tokens.first, self._tokens.stop, first_stage, stages)
 
+    def fixed(self, slots_BLnD: Tensor) -> Fixed:
+        """For slots that go into several passes unchanged, such as the tokens before their thoughts."""
+        return Fixed(slots_BLnD, self._checkpointing)
+
     def run(
         self,
-        slots_BLnD: Tensor,
-        *,
+        *slots: Tensor | Fixed,
+        read: slice = ALL,
         first_stage: int = 0,
         start: int = 0,
         stop: int | None = None,
         norm: bool = True,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """One pass of layers [start, stop) over the interleaved slots; with `norm`, then the final norm.
+        """One pass of layers [start, stop) over interleaved slots; with `norm`, then the final norm.
 
-        The stages given are first_stage .. first_stage + n - 1. With a `cache` the slots also attend to
-        what it holds, as far as the mask lets them, and their keys and values are written to it, in place
-        of those that the same slots had there.
+        `slots`, each (B, L, n, D), hold the stages from first_stage on, in this order. Returned are the
+        stages that `read` cuts out of them, (B, L, r, D): the last layer computes no others, but all keys and
+        values. With a `cache` the slots also attend to what it holds, as far as the mask lets them, and their
+        keys and values are written to it, in place of those that the same slots had there.
         """
-        batch, length, stages, size = slots_BLnD.shape
+        stages = sum(_stages(part) for part in slots)
         segment = self.segment(stages, first_stage)
         mask = self._attention_mask(segment, cache)
-        rotary = self._rotary_for(stages, slots_BLnD)
         blocks = self._decoder.blocks[start:stop]
+        fixed, slots_BLnD = self._split(slots, len(blocks))
+        rotary = self._rotary_for(stages, slots_BLnD)
         caches = [None] * len(blocks) if cache is None else cache.layers(segment, start, stop)
+        given = None if fixed is None else fixed.alone(cast("Block", blocks[0]))
 
-        def whole_pass(hidden_BSD: Tensor) -> Tensor:
+        def whole_pass(x_BLnD: Tensor) -> Tensor:
+            alone = given
             for block, layer_cache in zip(blocks, caches, strict=True):
-                hidden_BSD = self._checkpointing.block(block)(hidden_BSD, rotary, mask, layer_cache)
-            return self._final_norm(hidden_BSD) if norm else hidden_BSD
+                needed = read if block is blocks[-1] else ALL
+                call = self._checkpointing.block(block)
+                x_BLnD, alone = call(x_BLnD, rotary, mask, layer_cache, needed, alone), None
+            return self._final_norm(x_BLnD) if norm else x_BLnD
 
-        call = self._checkpointing.whole_pass(whole_pass)
-        return call(slots_BLnD.flatten(1, 2)).view(batch, length, stages, size)
+        hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD)
+        return hidden_BLrD if len(blocks) else hidden_BLrD[:, :, read]
 
-    def _final_norm(self, hidden_BSD: Tensor) -> Tensor:
-        normed: Tensor = self._decoder.final_norm(hidden_BSD)
+    def _split(self, slots: Sequence[Tensor | Fixed], layers: int) -> tuple[Fixed | None, Tensor]:
+        """The fixed slots in front, if there is a layer that profits, and all others interleaved."""
+        fixed, first = None, slots[0]
+        if isinstance(first, Fixed) and layers > 1:
+            empty_BL0D = first.slots_BLnD[:, :, :0]
+            fixed, slots = first, slots[1:] or (empty_BL0D,)
+        tensors = [part.slots_BLnD if isinstance(part, Fixed) else part for part in slots]
+        return fixed, tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=2)
+
+    def _final_norm(self, hidden_BLnD: Tensor) -> Tensor:
+        normed: Tensor = self._decoder.final_norm(hidden_BLnD)
         return normed
 
     def _attention_mask(self, segment: Segment, cache: KVCache | None) -> AttentionMask:
@@ -126,3 +167,7 @@ class Stack:
             position_BS = Slots.interleaved(self._tokens, stages).position_BS
             self._rotary[stages] = self._decoder.rotary(position_BS, dtype)
         return self._rotary[stages]
+
+
+def _stages(part: Tensor | Fixed) -> int:
+    return (part.slots_BLnD if isinstance(part, Fixed) else part).shape[2]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TypeVar
 
 from lattice.protocols import ActivationCheckpoint
 from lattice.registry import register
+
+T = TypeVar("T")
 
 
 @register("activation_checkpoint", "none")
@@ -16,8 +17,8 @@ from lattice.registry import register
 class KeepAll(ActivationCheckpoint):
     """Keeps all activations: fastest, and the most memory."""
 
-    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return call
 
-    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole_pass(self, call: Callable[..., T]) -> Callable[..., T]:
         return call

@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lattice.protocols import ActivationCheckpoint
 from lattice.registry import register
 
+T = TypeVar("T")
 
-def recomputed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+
+def recomputed(call: Callable[..., T]) -> Callable[..., T]:
     """`call`, keeping nothing but its inputs. No layer draws random numbers, so none are restored."""
     if not torch.is_grad_enabled():
         return call
@@ -30,10 +31,10 @@ def recomputed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class RecomputeBlock(ActivationCheckpoint):
     """Keeps the input of every layer of every pass; the rest of a layer is computed twice."""
 
-    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call)
 
-    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole_pass(self, call: Callable[..., T]) -> Callable[..., T]:
         return call
 
 
@@ -45,10 +46,10 @@ class RecomputePass(ActivationCheckpoint):
     blocks: bool = False
     """While a pass is computed again, keep the inputs of its layers alone: a layer is computed thrice."""
 
-    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call) if self.blocks else call
 
-    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole_pass(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call)
 
 
@@ -69,11 +70,11 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _without_cast_cache(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _without_cast_cache(call: Callable[..., T]) -> Callable[..., T]:
     """Autocast casts a weight once and then remembers it, until the backward pass has to cast it again: the
     operations that selective checkpointing counts would differ. Here every call casts."""
 
-    def casting(*args: Any) -> Tensor:
+    def casting(*args: Any) -> T:
         enabled = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
@@ -89,7 +90,7 @@ def _without_cast_cache(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class RecomputeSelective(ActivationCheckpoint):
     """Keeps the results of matrix products and attention; computes again what is cheap between them."""
 
-    def block(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def block(self, call: Callable[..., T]) -> Callable[..., T]:
         if not torch.is_grad_enabled():
             return call
         return partial(
@@ -100,5 +101,5 @@ class RecomputeSelective(ActivationCheckpoint):
             context_fn=partial(create_selective_checkpoint_contexts, _policy),
         )
 
-    def whole_pass(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole_pass(self, call: Callable[..., T]) -> Callable[..., T]:
         return call

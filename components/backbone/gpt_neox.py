@@ -1,7 +1,7 @@
 """GPT-NeoX (Black et al., arXiv 2204.06745), the architecture of Pythia (arXiv 2304.01373).
 
 Module and parameter names are Hugging Face's, so that a checkpoint needs no translation.
-Shapes: B batch, S slots, D hidden, H heads, E head size.
+Shapes: B batch, S slots, D hidden, H heads, E head size; any dimensions may stand before them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lattice.cache import LayerCache
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
-from lattice.decoder import AttentionMask, Decoder, Rotary, attend, rotary_tables
+from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.protocols import Backbone, Shape
 from lattice.registry import register
 
@@ -108,6 +107,8 @@ class GPTNeoX(Backbone):
 
 
 class Attention(nn.Module):
+    """The projections around attention."""
+
     def __init__(self, options: GPTNeoX) -> None:
         super().__init__()
         size = options.hidden_size
@@ -115,13 +116,10 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(size, 3 * size, bias=options.attention_bias)
         self.dense = nn.Linear(size, size, bias=options.attention_bias)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
+    def project(self, x_D: Tensor) -> Projected:
         # The fused projection is head-major: (H, [query, key, value], E).
-        qkv_BSD: Tensor = self.query_key_value(x_BSD)
-        qkv_BHS3E = qkv_BSD.view(*qkv_BSD.shape[:2], self.heads, -1).transpose(1, 2)
-        query_BHSE, key_BHSE, value_BHSE = torch.chunk(qkv_BHS3E, 3, dim=-1)
-        out: Tensor = self.dense(attend(query_BHSE, key_BHSE, value_BHSE, rotary, mask, cache))
-        return out
+        qkv: Tensor = self.query_key_value(x_D)
+        return Projected(*qkv.view(*qkv.shape[:-1], self.heads, -1).chunk(3, dim=-1))
 
 
 class MLP(nn.Module):
@@ -131,12 +129,12 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(options.intermediate_size, options.hidden_size)
         self.activation = ACTIVATIONS[options.hidden_act]
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        out: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_BSD)))
+    def forward(self, x_D: Tensor) -> Tensor:
+        out: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_D)))
         return out
 
 
-class Layer(nn.Module):
+class Layer(Block):
     def __init__(self, options: GPTNeoX) -> None:
         super().__init__()
         self.parallel = options.use_parallel_residual
@@ -145,14 +143,19 @@ class Layer(nn.Module):
         self.attention = Attention(options)
         self.mlp = MLP(options)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
-        attended: Tensor = self.attention(self.input_layernorm(x_BSD), rotary, mask, cache)
-        if self.parallel:
-            out: Tensor = self.mlp(self.post_attention_layernorm(x_BSD)) + attended + x_BSD
-        else:
-            x_BSD = attended + x_BSD
-            out = self.mlp(self.post_attention_layernorm(x_BSD)) + x_BSD
-        return out
+    def project(self, x_D: Tensor) -> Projected:
+        return self.attention.project(self.input_layernorm(x_D))
+
+    def local(self, x_D: Tensor) -> Tensor:
+        return self._with_mlp(x_D) if self.parallel else x_D
+
+    def finish(self, attended_E: Tensor, local_D: Tensor) -> Tensor:
+        summed_D: Tensor = self.attention.dense(attended_E) + local_D
+        return summed_D if self.parallel else self._with_mlp(summed_D)
+
+    def _with_mlp(self, x_D: Tensor) -> Tensor:
+        out_D: Tensor = self.mlp(self.post_attention_layernorm(x_D)) + x_D
+        return out_D
 
 
 class Layers(nn.Module):

@@ -1,7 +1,8 @@
 """Llama (Touvron et al., arXiv 2302.13971; grouped-query attention as in arXiv 2307.09288).
 
 Module and parameter names are Hugging Face's, so that a checkpoint needs no translation.
-Shapes: B batch, S slots, D hidden, H query heads, G key/value heads, E head size.
+Shapes: B batch, S slots, D hidden, H query heads, G key/value heads, E head size; any dimensions may stand
+before them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lattice.cache import LayerCache
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
-from lattice.decoder import AttentionMask, Decoder, Rotary, attend, rotary_tables
+from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.protocols import Backbone, Shape
 from lattice.registry import register
 
@@ -93,6 +93,8 @@ class Llama(Backbone):
 
 
 class Attention(nn.Module):
+    """The projections around attention."""
+
     def __init__(self, options: Llama) -> None:
         super().__init__()
         size, bias, self.head_size = options.hidden_size, options.attention_bias, options.head_size
@@ -103,14 +105,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, size, bias=bias)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
-        def heads(projected_BSD: Tensor) -> Tensor:
-            return projected_BSD.view(*projected_BSD.shape[:2], -1, self.head_size).transpose(1, 2)
+    def project(self, x_D: Tensor) -> Projected:
+        def heads(linear: nn.Linear) -> Tensor:
+            projected: Tensor = linear(x_D)
+            return projected.view(*projected.shape[:-1], -1, self.head_size)
 
-        query_BHSE, key_BGSE = heads(self.q_proj(x_BSD)), heads(self.k_proj(x_BSD))
-        value_BGSE = heads(self.v_proj(x_BSD))
-        out: Tensor = self.o_proj(attend(query_BHSE, key_BGSE, value_BGSE, rotary, mask, cache))
-        return out
+        return Projected(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj))
 
 
 class MLP(nn.Module):
@@ -121,12 +121,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+    def forward(self, x_D: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
         return out
 
 
-class Layer(nn.Module):
+class Layer(Block):
     def __init__(self, options: Llama) -> None:
         super().__init__()
         self.self_attn = Attention(options)
@@ -134,10 +134,16 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(options.hidden_size, eps=options.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(options.hidden_size, eps=options.rms_norm_eps)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, cache)
-        out: Tensor = x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
-        return out
+    def project(self, x_D: Tensor) -> Projected:
+        return self.self_attn.project(self.input_layernorm(x_D))
+
+    def local(self, x_D: Tensor) -> Tensor:
+        return x_D
+
+    def finish(self, attended_E: Tensor, local_D: Tensor) -> Tensor:
+        x_D = local_D + self.self_attn.o_proj(attended_E)
+        out_D: Tensor = x_D + self.mlp(self.post_attention_layernorm(x_D))
+        return out_D
 
 
 class Layers(nn.Module):

@@ -17,7 +17,9 @@ from lattice.cache import KVCache
 from lattice.components.recurrence._convergence import Convergence, gradients
 from lattice.components.recurrence._feedback import Feedback
 from lattice.protocols import Unrolled
-from lattice.stack import Stack
+from lattice.stack import ALL, Fixed, Stack
+
+NOTHING, LAST, ALL_BUT_LAST = slice(0, 0), slice(-1, None), slice(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +39,19 @@ def jacobi(problem: Problem, stack: Stack, token_BL1D: Tensor, cache: KVCache | 
     the pass before it. K(K+1)/2 + (count+1)(K+1) token-passes."""
     total = problem.thoughts + problem.count + 1
     convergence = Convergence(stack, problem.tolerance)
-    slots_BLnD = token_BL1D
+    token, thoughts_BLKD = stack.fixed(token_BL1D), token_BL1D[:, :, :0]
     for index in range(problem.thoughts):  # warm start: each pass refreshes the thoughts and adds one
         with gradients(index, total, problem.grad_passes):
-            thoughts_BLkD = problem.feedback(stack, stack.run(slots_BLnD))
-        slots_BLnD = torch.cat([token_BL1D, thoughts_BLkD], dim=2)
+            thoughts_BLKD = problem.feedback(stack, stack.run(token, thoughts_BLKD))
     for index in range(problem.thoughts, total - 1):
-        before_BLKD = slots_BLnD[:, :, 1:]
         with gradients(index, total, problem.grad_passes):
-            after_BLKD = problem.feedback(stack, stack.run(slots_BLnD)[:, :, :-1])
-            after_BLKD = convergence.kept(before_BLKD, after_BLKD)
-        slots_BLnD = torch.cat([token_BL1D, after_BLKD], dim=2)
+            after_BLKD = problem.feedback(stack, stack.run(token, thoughts_BLKD, read=ALL_BUT_LAST))
+            after_BLKD = convergence.kept(thoughts_BLKD, after_BLKD)
+        before_BLKD, thoughts_BLKD = thoughts_BLKD, after_BLKD
         if convergence.watch(before_BLKD, after_BLKD):
             break
-    hidden_BLnD = stack.run(slots_BLnD, cache=cache)
-    return Unrolled(hidden_BLnD[:, :, -1], convergence.telemetry)
+    hidden_BL1D = stack.run(token, thoughts_BLKD, read=LAST, cache=cache)
+    return Unrolled(hidden_BL1D.squeeze(2), convergence.telemetry)
 
 
 def gauss_seidel(problem: Problem, stack: Stack, token_BL1D: Tensor, cache: KVCache | None) -> Unrolled:
@@ -62,23 +62,26 @@ def gauss_seidel(problem: Problem, stack: Stack, token_BL1D: Tensor, cache: KVCa
     cache = stack.cache() if cache is None else cache
     total = problem.count + 1
     convergence = Convergence(stack, problem.tolerance)
-    thoughts: list[Tensor] = []
-    hidden_BL1D = token_BL1D
+    token, thoughts = stack.fixed(token_BL1D), list[Tensor]()
+    hidden_BLrD = token_BL1D
     for sweep in range(total):
         cache.hold(convergence.done_B)
-        before, thoughts, slot_BL1D = thoughts, [], token_BL1D
+        before, thoughts = thoughts, []
+        slot: Tensor | Fixed = token
         with gradients(sweep, total, problem.grad_passes):
             for stage in range(problem.thoughts):
-                slot_BL1D = problem.feedback(stack, stack.run(slot_BL1D, first_stage=stage, cache=cache))
+                slot = problem.feedback(stack, stack.run(slot, first_stage=stage, cache=cache))
                 if before:
-                    slot_BL1D = convergence.kept(before[stage], slot_BL1D)
-                thoughts.append(slot_BL1D)
-            predicted_BL1D = stack.run(slot_BL1D, first_stage=problem.thoughts, cache=cache)
-            hidden_BL1D = convergence.kept(hidden_BL1D, predicted_BL1D)
+                    slot = convergence.kept(before[stage], slot)
+                thoughts.append(slot)
+            # A prediction is read of the last sweep alone, or of one that may turn out to be a row's last.
+            read = ALL if sweep == total - 1 or problem.tolerance is not None else NOTHING
+            predicted_BLrD = stack.run(slot, first_stage=problem.thoughts, read=read, cache=cache)
+            hidden_BLrD = convergence.kept(hidden_BLrD, predicted_BLrD)
         if before and convergence.watch(torch.cat(before, dim=2), torch.cat(thoughts, dim=2)):
             break
     cache.hold(None)
-    return Unrolled(hidden_BL1D.squeeze(2), convergence.telemetry)
+    return Unrolled(hidden_BLrD.squeeze(2), convergence.telemetry)
 
 
 SOLVERS = {"jacobi": jacobi, "gauss_seidel": gauss_seidel}

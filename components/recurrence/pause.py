@@ -76,4 +76,4 @@ class Pausing(Unroll):
         ids_BL1 = ids_BL.unsqueeze(2)
         pauses_BLK = torch.full_like(ids_BL1, self.row).expand(-1, -1, self.pauses)
         slots_BLnD = stack.embed(torch.cat([ids_BL1, pauses_BLK], dim=2)) * self.scale
-        return Unrolled(stack.run(slots_BLnD, cache=cache)[:, :, -1])
+        return Unrolled(stack.run(slots_BLnD, read=slice(-1, None), cache=cache).squeeze(2))

@@ -15,6 +15,7 @@ from lattice.draws import Draw
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.recipe import load_recipe
+from lattice.testing.counted import slots_of
 from lattice.testing.subject import (
     CONTEXT,
     LAYERS,
@@ -185,7 +186,7 @@ def cost(subject: Subject) -> str | None:
 def _token_passes(model: LanguageModel, ids: torch.Tensor, draw: Draw | None) -> float:
     counted: list[int] = []
     hooks = [
-        block.register_forward_pre_hook(lambda module, inputs: counted.append(inputs[0].shape[1]))
+        block.register_forward_pre_hook(lambda module, inputs: counted.append(slots_of(inputs)))
         for block in model.decoder.blocks
     ]
     with torch.no_grad():

@@ -143,7 +143,7 @@ def test_block_masks_give_the_same_attention(length):
     key, value = (torch.randn(2, 2, 2 * length, 8, generator=generator) for _ in range(2))
     dense = AttentionMask(causal=False, allowed=allowed(mask, slots, slots)[:, None])
     blocks = AttentionMask(causal=False, blocks=block_mask(mask, slots, slots))
-    one, other = (attend(query, key, value, rotary, kind, None) for kind in (dense, blocks))
+    one, other = (attend(query, key, value, rotary, kind) for kind in (dense, blocks))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 

@@ -11,6 +11,7 @@ import lattice
 from lattice.cache import KVCache
 from lattice.draws import Draw
 from lattice.slots import Tokens
+from lattice.testing.counted import slots_of
 
 VOCABULARY = 23
 BACKBONES = {
@@ -124,7 +125,7 @@ def test_costs_are_as_declared(backbone, kind):
     model, ids = tiny(backbone, KINDS[kind]), some_ids(2, 6)
     counted = []
     for block in model.decoder.blocks:
-        block.register_forward_pre_hook(lambda module, args: counted.append(args[0].shape[1]))
+        block.register_forward_pre_hook(lambda module, args: counted.append(slots_of(args)))
     model(ids)
     passes = sum(counted) / model.shape.num_layers / ids.shape[1]
     declared = model.recurrence.token_passes(model.shape, training=False)
@@ -199,13 +200,14 @@ def test_depth_by_its_definition(backbone, normalize):
     stack, blocks = model._stack(Tokens.of(ids)), model.decoder.blocks
     rotary = model.decoder.rotary(torch.arange(5)[None], torch.float64)
     mask = stack._attention_mask(stack.segment(1), None)
-    prelude = blocks[0](model.decoder.embedding(ids) * math.sqrt(2.5 * 16), rotary, mask, None)
+    embedded = model.decoder.embedding(ids).unsqueeze(2) * math.sqrt(2.5 * 16)
+    prelude = blocks[0](embedded, rotary, mask, None)
     state = torch.zeros_like(prelude)
     for _ in range(3):
         state = blocks[1](state + prelude, rotary, mask, None)
         state = model.decoder.final_norm(state) if normalize else state
     hidden = model.decoder.final_norm(blocks[3](blocks[2](state, rotary, mask, None), rotary, mask, None))
-    torch.testing.assert_close(model(ids).logits, model.decoder.head(hidden), atol=1e-10, rtol=0)
+    torch.testing.assert_close(model(ids).logits, model.decoder.head(hidden).squeeze(2), atol=1e-10, rtol=0)
 
 
 @both_backbones

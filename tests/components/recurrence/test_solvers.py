@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import lattice
 from lattice.decoder import AttentionMask
+from lattice.testing.counted import slots_of
 
 VOCABULARY = 23
 BACKBONES = {
@@ -69,11 +70,11 @@ def by_definition(model, ids):
         for _ in range(options.thoughts + 1):
             slots.append(following)
             positions.append(at)
-            hidden = torch.stack(slots, dim=1)
+            hidden = torch.stack(slots, dim=1).unsqueeze(2)
             rotary = decoder.rotary(torch.tensor([positions]), torch.float64)
             for block in decoder.blocks:
                 hidden = block(hidden, rotary, AttentionMask(causal=True), None)
-            last = decoder.final_norm(hidden)[:, -1]
+            last = decoder.final_norm(hidden)[:, -1, 0]
             following = thought_of(model, last)
         logits.append(decoder.head(last))
     return torch.stack(logits, dim=1)
@@ -180,7 +181,7 @@ def test_grad_passes_cut_the_graph_of_gauss_seidel(backbone):
 def test_costs(solver, thoughts, count, passes):
     """Method page: K(K+1)/2 + (J+1)(K+1) against (K+1)(n+1), declared and counted."""
     model, counted = tiny("llama", solver, thoughts, count), []
-    model.decoder.blocks[0].register_forward_pre_hook(lambda m, args: counted.append(args[0].shape[1] / 4))
+    model.decoder.blocks[0].register_forward_pre_hook(lambda m, args: counted.append(slots_of(args) / 4))
     model(some_ids(1, 4))
     assert model.recurrence.token_passes(model.shape, training=False) == passes == sum(counted)
 
