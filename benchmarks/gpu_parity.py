@@ -1,0 +1,231 @@
+"""Whether a GPU computes what a CPU does, and its fast ways what the plain ones do. See benchmarks/gpu.py."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_cases import ROOT, Report, build, recipe_of, some_ids
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import lattice
+from lattice import attention_mask
+from lattice.components.mask.document import Document
+from lattice.decoder import AttentionMask, Rotary, attend
+from lattice.protocols import Precision
+from lattice.slots import Slots, Tokens
+
+
+def parity(options: argparse.Namespace, report: Report) -> None:
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    golden(options, report)
+    attention(options, report)
+    formats(options, report)
+
+
+def golden(options: argparse.Namespace, report: Report) -> None:
+    """The method's reference implementation, read as tests/parity/test_golden.py reads it."""
+    path = ROOT / "tests" / "parity" / "test_golden.py"
+    spec = importlib.util.spec_from_file_location("lattice_golden_cases", path)
+    assert spec is not None
+    assert spec.loader is not None
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    imports = {"imports": [str(path.with_name("layer_mixture.py"))]}
+    for case in reader.CASES[:: 8 if options.tiny else 1]:
+        with report.case(case="golden", name=case) as found, tempfile.TemporaryDirectory() as folder:
+            manifest, tensors = reader.load_case(case)
+            source = reader.hf_folder(Path(folder), manifest["arch"], manifest["config"])
+            model = lattice.from_pretrained(source, reader.recurrence_of(manifest), overrides=imports)
+            _golden_case(found, model.to(options.device), manifest, tensors)
+
+
+def _golden_case(
+    found: dict[str, Any], model: lattice.LanguageModel, manifest: Any, tensors: dict[str, Tensor]
+) -> None:
+    device = next(model.parameters()).device
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    ids_BL, mask_BL = tensors["input_ids"], tensors.get("attention_mask")
+    real_BL = torch.ones_like(ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL.bool()
+    targets_BL = torch.nn.functional.pad(tensors["labels"][:, 1:], (0, 1), value=-100)
+    logits_BLV = model(ids_BL, attention_mask=mask_BL).logits
+    loss = model(ids_BL, attention_mask=mask_BL, targets=targets_BL).loss
+    assert loss is not None
+    loss.backward()
+    norms = {name: norm for name, norm in manifest["grad_norm"].items() if norm is not None}
+    errors = [
+        abs(float(model.decoder.get_parameter(name).grad.norm()) / norm - 1)  # type: ignore[union-attr]
+        for name, norm in norms.items()
+    ]
+    within(
+        found,
+        {"logits": 1e-5, "loss": 1e-6, "gradient_norms": 1e-5},
+        logits=float((logits_BLV.detach()[real_BL] - tensors["logits"][real_BL]).abs().max()),
+        loss=abs(loss.item() - manifest["loss"]),
+        gradient_norms=max(errors),
+    )
+
+
+def attention(options: argparse.Namespace, report: Report) -> None:
+    """Flash attention in bfloat16 against float32, and block masks against booleans."""
+    length = 64 if options.tiny else 1024
+    for thoughts in (0, 1):
+        with report.case(case="flash", thoughts=thoughts) as found:
+            exact, rounded = (
+                recipe_of("tiny", thoughts, device=options.device, precision=name)
+                for name in ("fp32", "bf16")
+            )
+            model = build(exact, options.device)
+            ids_BL = some_ids(model, 2, length)
+            reference = computed(model, ids_BL, exact.component("precision"))
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                value = computed(model, ids_BL, rounded.component("precision"))
+            compare(found, value, reference, logits=0.03, gradients=0.1)
+    for seen in ("all", "own", "last"):
+        for window in (None, length // 4):
+            mask = {"kind": "document", "thoughts": seen, "window": window}
+            with report.case(case="block mask", level="attention", **mask) as found:
+                _block_mask(found, Document(thoughts=seen, window=window), options.device, length)
+            with report.case(case="block mask", level="model", **mask) as found:
+                _masked_model(found, mask, options.device, length)
+
+
+def _documents(rows: int, length: int, device: torch.device) -> Tensor:
+    """Two documents in the first row, three in the others."""
+    index_L = torch.arange(length, device=device)
+    return torch.stack([index_L // (length // (2 if row == 0 else 3) + 1) for row in range(rows)])
+
+
+def _block_mask(found: dict[str, Any], mask: Document, device: torch.device, length: int) -> None:
+    """On a GPU with gradients; elsewhere FlexAttention has none."""
+    documents_BL = _documents(2, length, device)
+    slots = Slots.interleaved(Tokens.of(torch.zeros_like(documents_BL), documents_BL=documents_BL), stages=2)
+    rotary = Rotary(
+        torch.ones(1, 1, 2 * length, 32, device=device), torch.zeros(1, 1, 2 * length, 32, device=device)
+    )
+    generator = torch.Generator().manual_seed(0)
+    query_BHSE, key_BGSE, value_BGSE = (
+        torch.randn(2, heads, 2 * length, 32, generator=generator).to(device) for heads in (4, 2, 2)
+    )
+    allowed_BSS = attention_mask.allowed(mask, slots, slots)
+    assert allowed_BSS is not None
+    ways = {
+        "booleans": AttentionMask(causal=False, allowed=allowed_BSS[:, None]),
+        "blocks": AttentionMask(causal=False, blocks=attention_mask.block_mask(mask, slots, slots)),
+    }
+    results: dict[str, list[Tensor]] = {}
+    for way, given in ways.items():
+        inputs = [
+            one.clone().requires_grad_(device.type == "cuda") for one in (query_BHSE, key_BGSE, value_BGSE)
+        ]
+        attended_BSE = attend(inputs[0], inputs[1], inputs[2], rotary, given)
+        results[way] = [attended_BSE]
+        if device.type == "cuda":
+            results[way] += torch.autograd.grad(attended_BSE.square().sum(), inputs)
+    errors = [difference(*pair) for pair in zip(results["blocks"], results["booleans"], strict=True)]
+    # FlexAttention's kernels may multiply in TF32 whatever the setting.
+    within(found, {"attended": 2e-3, "gradients": 5e-3}, attended=errors[0], gradients=max(errors))
+
+
+def _masked_model(found: dict[str, Any], mask: dict[str, Any], device: torch.device, length: int) -> None:
+    """The whole way, where a GPU takes blocks and no other device does."""
+    recipe = recipe_of("tiny", 1, device=device, precision="fp32").table()
+    recipe["mask"] = {name: value for name, value in mask.items() if value is not None}
+    model = build(lattice.load_recipe(recipe), device)
+    ids_BL, documents_BL = some_ids(model, 2, length), _documents(2, length, device)
+    run = functools.partial(computed, model, ids_BL, precision_of("fp32"), documents=documents_BL)
+    with mock.patch.object(attention_mask, "BLOCKS_FROM", sys.maxsize):
+        reference = run()
+    compare(found, run(), reference, logits=5e-3, gradients=2e-2)
+
+
+def precision_of(kind: str) -> Precision:
+    precision: Precision = lattice.load_recipe({"precision": {"kind": kind}}).component("precision")
+    return precision
+
+
+def formats(options: argparse.Namespace, report: Report) -> None:
+    """Compiled layers against eager ones, and float8 against bfloat16."""
+    length = 64 if options.tiny else 512
+    for thoughts in (1,) if options.tiny else (0, 1):
+        recipe = recipe_of("tiny", thoughts, device=options.device)
+        precision = recipe.component("precision")
+        with report.case(case="compiled", thoughts=thoughts) as found:
+            model = build(recipe, options.device)
+            ids_BL = some_ids(model, 2, length)
+            reference = computed(model, ids_BL, precision)
+            value = computed(build(recipe, options.device, compiled=True), ids_BL, precision)
+            compare(found, value, reference, logits=0.03, gradients=0.1)
+        for scaling in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
+            for checkpointing in ("none", "selective"):
+                labels = {"recipe": scaling, "thoughts": thoughts, "checkpointing": checkpointing}
+                with report.case(case="float8", **labels) as found:
+                    _float8(found, labels, options.device, length)
+
+
+def _float8(found: dict[str, Any], labels: dict[str, Any], device: torch.device, length: int) -> None:
+    table = recipe_of(
+        "tiny", labels["thoughts"], device=device, checkpointing=labels["checkpointing"]
+    ).table()
+    emulate = device.type != "cuda"
+    table["precision"] = {
+        "kind": "float8",
+        "recipe": labels["recipe"],
+        "min_features": 64,
+        "emulate": emulate,
+    }
+    recipe = lattice.load_recipe(table)
+    plain, model = build(recipe_of("tiny", labels["thoughts"], device=device), device), build(recipe, device)
+    model.load_state_dict(plain.state_dict())
+    ids_BL = some_ids(model, 2, length)
+    reference = computed(plain, ids_BL, precision_of("bf16"))
+    value = computed(model, ids_BL, recipe.component("precision"))
+    with recipe.component("precision").autocast(device):  # passes over one token
+        assert lattice.generate(model, ids_BL[:1, :3], 2).shape == (1, 5)
+    compare(found, value, reference, logits=0.08, gradients=0.2)
+
+
+def computed(model: lattice.LanguageModel, ids_BL: Tensor, precision: Precision, **batch: Tensor) -> Any:
+    """Logits without gradients, the loss, and its gradients by name."""
+    model.zero_grad()
+    with precision.autocast(ids_BL.device):
+        with torch.no_grad():
+            logits_BLV = model(ids_BL, **batch).logits
+        loss = model(ids_BL, targets=ids_BL.roll(-1, 1), **batch).loss
+    assert loss is not None
+    loss.backward()
+    gradients = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    return logits_BLV, loss, gradients
+
+
+def compare(found: dict[str, Any], value: Any, reference: Any, logits: float, gradients: float) -> None:
+    within(
+        found,
+        {"logits": logits, "loss": logits, "gradients": gradients},
+        logits=difference(value[0], reference[0]),
+        loss=difference(value[1], reference[1]),
+        gradients=max(difference(value[2][name], one) for name, one in reference[2].items()),
+    )
+
+
+def difference(value: Tensor, reference: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    value, reference = value.detach().float(), reference.detach().float()
+    return float((value - reference).norm() / reference.norm())
+
+
+def within(found: dict[str, Any], limits: dict[str, float], **values: float) -> None:
+    """Notes the values; raises AssertionError where one is above its limit or no number."""
+    found |= {**values, "limits": limits}
+    above = [name for name, value in values.items() if not value <= limits[name]]
+    assert not above, f"{', '.join(above)} above the limit"
