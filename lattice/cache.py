@@ -64,6 +64,12 @@ class KVCache:
         """How many passes added slots; with a segment it determines which slots are there."""
         return len(self._starts)
 
+    @property
+    def numbers(self) -> int:
+        """Numbers held: keys and values of all layers and passes, of all rows."""
+        mine = sum(layer.numbers for layer in self._layers)
+        return mine + sum(later.numbers for later in self._later.values())
+
     def of_pass(self, index: int) -> KVCache:
         """The keys and values of the index-th pass over the same slots, for a recurrence that sends a slot
         through the layers several times, each time with other inputs. Pass 0 is this cache itself."""
@@ -140,6 +146,11 @@ class _Buffer:
     def opened(self, start: int, size: int, held_B: Tensor | None) -> LayerCache:
         return _BufferAt(self, start, held_B)
 
+    @property
+    def numbers(self) -> int:
+        pair = self.read(0, self._length)
+        return 0 if pair is None else pair[0].numel() + pair[1].numel()
+
     def read(self, start: int, size: int) -> Pair | None:
         if self._keys_BHSE is None or self._values_BHSE is None or start + size > self._length:
             return None
@@ -185,6 +196,10 @@ class _Pieces:
 
     def opened(self, start: int, size: int, held_B: Tensor | None) -> LayerCache:
         return _PiecesAt(self, start, held_B)
+
+    @property
+    def numbers(self) -> int:
+        return sum(keys.numel() + values.numel() for keys, values in self.pieces.values())
 
     def read(self, start: int, size: int) -> Pair | None:
         return self.pieces.get(start)

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lattice.cost import LayerCost as LayerCost
+from lattice.cost import Pass as Pass
+
 if TYPE_CHECKING:
     import torch
 
@@ -105,8 +108,17 @@ class Recurrence(Protocol):
         return True
 
     @abstractmethod
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
+        """What is computed of each token: in a training step, in the mean over the draws, or at evaluation,
+        in parallel. Where iteration may stop early, the limit."""
+
+    def decode_passes(self, shape: Shape) -> list[Pass]:
+        """What `step` computes of a token."""
+        return self.passes(shape, training=False)
+
     def token_passes(self, shape: Shape, *, training: bool) -> float:
         """Mean number of slots sent through the layers, for each token of the sequence."""
+        return sum(one.token_passes(shape.num_layers) for one in self.passes(shape, training=training))
 
     def initialization(self, shape: Shape) -> Initialization:
         """How the backbone's weights are drawn."""
@@ -128,6 +140,10 @@ class Backbone(Protocol):
     @property
     @abstractmethod
     def shape(self) -> Shape: ...
+
+    @property
+    @abstractmethod
+    def layer_cost(self) -> LayerCost: ...
 
     @abstractmethod
     def build(self) -> Decoder:

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from lattice import register
-from lattice.protocols import Recurrence, Unroll, Unrolled
+from lattice.protocols import Pass, Recurrence, Unroll, Unrolled
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoPasses(Recurrence):
     unroll = None
 
-    def token_passes(self, shape, *, training):
-        return 2.0
+    def passes(self, shape, *, training):
+        return [Pass(times=2)]
 
     def build(self, shape):
         return type(self).unroll(shape)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
-from lattice.protocols import Backbone, Shape
+from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
@@ -75,6 +75,18 @@ class GPTNeoX(Backbone):
             num_layers=self.num_hidden_layers,
             vocab_size=self.vocab_size,
             context=self.max_position_embeddings,
+        )
+
+    @property
+    def layer_cost(self) -> LayerCost:
+        size, mlp = self.hidden_size, 4 * self.hidden_size * self.intermediate_size
+        parallel = self.use_parallel_residual
+        return LayerCost(
+            project=6 * size * size,
+            local=mlp if parallel else 0,
+            finish=2 * size * size + (0 if parallel else mlp),
+            attention=4 * size,
+            cached=2 * size,
         )
 
     def build(self) -> Decoder:

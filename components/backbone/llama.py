@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
-from lattice.protocols import Backbone, Shape
+from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
 
 
@@ -67,6 +67,18 @@ class Llama(Backbone):
             num_layers=self.num_hidden_layers,
             vocab_size=self.vocab_size,
             context=self.max_position_embeddings,
+        )
+
+    @property
+    def layer_cost(self) -> LayerCost:
+        queries = self.num_attention_heads * self.head_size
+        shared = self.key_value_heads * self.head_size
+        return LayerCost(
+            project=2 * self.hidden_size * (queries + 2 * shared),
+            local=0,
+            finish=2 * queries * self.hidden_size + 6 * self.hidden_size * self.intermediate_size,
+            attention=4 * queries,
+            cached=2 * shared,
         )
 
     def build(self) -> Decoder:

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from lattice.protocols import Shape
 from lattice.stack import Stack
 
 Feedback = Callable[[Stack, Tensor], Tensor]
@@ -25,6 +26,12 @@ def check_top_k(top_k: int | None) -> None:
 def hidden(stack: Stack, hidden_D: Tensor) -> Tensor:
     """The hidden state itself (PonderLM-2, arXiv 2509.23184)."""
     return hidden_D
+
+
+def mixture_operations(shape: Shape, top_k: int | None) -> int:
+    """Of one mixture: the head, and the table if all rows are mixed; a sum of few is no matrix product."""
+    products = 2 if top_k is None or top_k >= shape.vocab_size else 1
+    return products * 2 * shape.hidden_size * shape.vocab_size
 
 
 def softmax_mixture(scale: float, top_k: int | None) -> Feedback:

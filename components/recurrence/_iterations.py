@@ -25,8 +25,12 @@ class Iterations:
     def count(self, draw: Draw | None) -> int:
         return self.eval if draw is None else draw.integer(type(self).__name__.lower(), *self.train)
 
-    def mean(self, *, training: bool) -> float:
-        return sum(self.train) / 2 if training else self.eval
+    def shares(self, *, training: bool) -> dict[int, float]:
+        """How likely each count is."""
+        if not training:
+            return {self.eval: 1.0}
+        low, high = self.train
+        return dict.fromkeys(range(low, high + 1), 1 / (high - low + 1))
 
 
 @dataclass(frozen=True, kw_only=True)

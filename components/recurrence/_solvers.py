@@ -8,7 +8,9 @@ Shapes: B batch, L tokens, n stages a token, K thoughts, D hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from lattice.cache import KVCache
 from lattice.components.recurrence._convergence import Convergence, gradients
 from lattice.components.recurrence._feedback import Feedback
-from lattice.protocols import Unrolled
+from lattice.protocols import Pass, Unrolled
 from lattice.stack import ALL, Fixed, Stack
 
 NOTHING, LAST, ALL_BUT_LAST = slice(0, 0), slice(-1, None), slice(-1)
@@ -54,6 +56,15 @@ def jacobi(problem: Problem, stack: Stack, token_BL1D: Tensor, cache: KVCache | 
     return Unrolled(hidden_BL1D.squeeze(2), convergence.telemetry)
 
 
+def jacobi_passes(thoughts: int, count: int, grad_passes: int | None, mixing: int) -> list[Pass]:
+    """What `jacobi` computes; `mixing` are the operations of one feedback."""
+    slots = thoughts + 1
+    passes = [Pass(stages=stages, operations=mixing * stages) for stages in range(1, slots)]
+    passes += [Pass(stages=slots, read=thoughts, operations=mixing * thoughts)] * count
+    passes.append(Pass(stages=slots, read=1))
+    return _tokens_fixed(_with_gradients(passes, 1, grad_passes))
+
+
 def gauss_seidel(problem: Problem, stack: Stack, token_BL1D: Tensor, cache: KVCache | None) -> Unrolled:
     """Stages in order, each with the freshest keys and values there are: of this sweep for the stages before
     it, of the last sweep for those after. (count+1)(K+1) token-passes, and no final pass: the last sweep's
@@ -84,4 +95,42 @@ def gauss_seidel(problem: Problem, stack: Stack, token_BL1D: Tensor, cache: KVCa
     return Unrolled(hidden_BLrD.squeeze(2), convergence.telemetry)
 
 
-SOLVERS = {"jacobi": jacobi, "gauss_seidel": gauss_seidel}
+def gauss_seidel_passes(thoughts: int, count: int, grad_passes: int | None, mixing: int) -> list[Pass]:
+    """What `gauss_seidel` computes, where it does not stop early."""
+    slots, passes = thoughts + 1, list[Pass]()
+    for sweep in range(count + 1):
+        keys = [stage + 1 if sweep == 0 else slots for stage in range(slots)]
+        passes += [Pass(keys=seen, operations=mixing) for seen in keys[:-1]]
+        passes.append(Pass(keys=slots, read=None if sweep == count else 0))
+    return _tokens_fixed(_with_gradients(passes, slots, grad_passes), every=slots)
+
+
+def _with_gradients(passes: list[Pass], sweep: int, grad_passes: int | None) -> list[Pass]:
+    """Gradients flow through the last `grad_passes` sweeps of as many passes, and always through the last."""
+    if grad_passes is None:
+        return passes
+    first = len(passes) - sweep * grad_passes
+    return [replace(one, gradients=index >= first) for index, one in enumerate(passes)]
+
+
+def _tokens_fixed(passes: list[Pass], every: int = 1) -> list[Pass]:
+    """What the first layer makes of the tokens is computed in the first pass over them, and in the first with
+    gradients."""
+    seen, fixed = set[bool](), list[Pass]()
+    for index, one in enumerate(passes):
+        known = one.gradients in seen and index % every == 0
+        if index % every == 0:
+            seen.add(one.gradients)
+        fixed.append(replace(one, fixed=int(known)))
+    return fixed
+
+
+class Solver(NamedTuple):
+    solve: Callable[[Problem, Stack, Tensor, KVCache | None], Unrolled]
+    passes: Callable[[int, int, int | None, int], list[Pass]]
+
+
+SOLVERS = {
+    "jacobi": Solver(jacobi, jacobi_passes),
+    "gauss_seidel": Solver(gauss_seidel, gauss_seidel_passes),
+}

@@ -26,7 +26,7 @@ from lattice.components.recurrence._convergence import (
 from lattice.components.recurrence._iterations import Iterations
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.draws import Draw
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
 
@@ -80,10 +80,16 @@ class Depth(Recurrence):
     def parallel_is_exact(self) -> bool:
         return self.tolerance is None
 
-    def token_passes(self, shape: Shape, *, training: bool) -> float:
-        outside = self.prelude + self.coda
-        core = (shape.num_layers - outside) * self.repetitions.mean(training=training)
-        return (outside + core) / shape.num_layers
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
+        core = shape.num_layers - self.prelude - self.coda
+        inject = 4 * shape.hidden_size**2 if self.inject == "concat" else 0
+        passes = [Pass(layers=self.prelude), Pass(layers=self.coda)]
+        for count, share in self.repetitions.shares(training=training).items():
+            with_gradients = count if self.grad_passes is None else min(count, self.grad_passes)
+            for times, back in ((with_gradients, True), (count - with_gradients, False)):
+                repeated = Pass(layers=core, times=share * times, gradients=back, operations=inject)
+                passes.append(repeated)
+        return passes
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, 1)

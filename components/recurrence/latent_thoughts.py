@@ -10,6 +10,7 @@ Shapes: B batch, L tokens, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,13 +24,14 @@ from lattice.components.recurrence._feedback import (
     FeedbackName,
     check_top_k,
     hidden,
+    mixture_operations,
     softmax_mixture,
 )
 from lattice.components.recurrence._iterations import GaussSeidel, Iterations, Jacobi
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.components.recurrence._solvers import SOLVERS, Problem
 from lattice.draws import Draw
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
 
@@ -82,11 +84,24 @@ class LatentThoughts(Recurrence):
     def parallel_is_exact(self) -> bool:
         return self.thoughts == 0
 
-    def token_passes(self, shape: Shape, *, training: bool) -> float:
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         if self.thoughts == 0:
-            return 1.0
-        warm_start = self.thoughts * (self.thoughts + 1) / 2 if self.solver == "jacobi" else 0
-        return warm_start + (self.iterations.mean(training=training) + 1) * self.slots
+            return [Pass()]
+        solver, mixing = SOLVERS[self.solver], self._mixing(shape)
+        cut = self.grad_passes if training else None
+        return [
+            dataclasses.replace(one, times=share)
+            for count, share in self.iterations.shares(training=training).items()
+            for one in solver.passes(self.thoughts, count, cut, mixing)
+        ]
+
+    def decode_passes(self, shape: Shape) -> list[Pass]:
+        mixing = self._mixing(shape)
+        thought, last = (Pass(keys=self.slots, operations=operations) for operations in (mixing, 0))
+        return [thought] * self.thoughts + [last]
+
+    def _mixing(self, shape: Shape) -> int:
+        return mixture_operations(shape, self.top_k) if self.feedback == "softmax" else 0
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.slots)
@@ -113,7 +128,7 @@ class Thinking(Unroll):
             tolerance=options.tolerance if draw is None else None,
             grad_passes=options.grad_passes,
         )
-        return SOLVERS[options.solver](problem, stack, self._embed(stack, ids_BL), cache)
+        return SOLVERS[options.solver].solve(problem, stack, self._embed(stack, ids_BL), cache)
 
     def step(self, stack: Stack, ids_B1: Tensor, cache: KVCache) -> Tensor:
         slot_B11D = self._embed(stack, ids_B1)

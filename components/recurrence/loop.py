@@ -16,7 +16,7 @@ from torch import Tensor
 from lattice.cache import KVCache
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.draws import Draw
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
 
@@ -36,8 +36,8 @@ class Loop(Recurrence):
             raise ValueError(f"loops = {self.loops}: must be at least 0")
         check_embed_scale(self.embed_scale)
 
-    def token_passes(self, shape: Shape, *, training: bool) -> float:
-        return self.loops + 1
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
+        return [Pass(times=self.loops + 1)]
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.loops + 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lattice.cache import KVCache
 from lattice.draws import Draw
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
 
@@ -25,8 +25,8 @@ class NoRecurrence(Recurrence):
         if self.initializer_range <= 0:
             raise ValueError(f"initializer_range = {self.initializer_range}: must be greater than 0")
 
-    def token_passes(self, shape: Shape, *, training: bool) -> float:
-        return 1.0
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
+        return [Pass()]
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization(std=self.initializer_range, residual_std=self.initializer_range)

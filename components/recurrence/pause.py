@@ -17,7 +17,7 @@ from torch import Tensor
 from lattice.cache import KVCache
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.draws import Draw
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
 
@@ -45,8 +45,8 @@ class Pause(Recurrence):
     def slots(self) -> int:
         return self.pauses + 1
 
-    def token_passes(self, shape: Shape, *, training: bool) -> float:
-        return self.slots
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
+        return [Pass(stages=self.slots, read=1)]
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.slots)

@@ -14,10 +14,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lattice.cache import KVCache
-from lattice.components.recurrence._feedback import Feedback, check_top_k, hidden, softmax_mixture
+from lattice.components.recurrence._feedback import (
+    Feedback,
+    check_top_k,
+    hidden,
+    mixture_operations,
+    softmax_mixture,
+)
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.draws import Draw
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll, Unrolled
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
 
@@ -35,8 +41,12 @@ class _Pondering(Recurrence):
             raise ValueError(f"steps = {self.steps}: must be at least 0")
         check_embed_scale(self.embed_scale)
 
-    def token_passes(self, shape: Shape, *, training: bool) -> float:
-        return self.steps + 1
+    def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
+        return [Pass(times=self.steps, operations=self.mixing(shape)), Pass()]
+
+    def mixing(self, shape: Shape) -> int:
+        """Operations of the feedback, for each token."""
+        return 0
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.steps + 1)
@@ -55,6 +65,9 @@ class Ponder(_Pondering):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_top_k(self.top_k)
+
+    def mixing(self, shape: Shape) -> int:
+        return mixture_operations(shape, self.top_k)
 
     def build(self, shape: Shape) -> Unroll:
         scale = self.embed_scale or math.sqrt(shape.hidden_size)

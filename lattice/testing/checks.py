@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load, save
 
 from lattice.draws import Draw
+from lattice.ledger import ledger
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.recipe import load_recipe
-from lattice.testing.counted import slots_of
+from lattice.testing.counted import operations, slots_of
 from lattice.testing.subject import (
+    BACKBONES,
     CONTEXT,
     LAYERS,
     VOCABULARY,
@@ -163,7 +165,7 @@ def determinism(subject: Subject) -> str | None:
 
 
 def cost(subject: Subject) -> str | None:
-    """Token-passes and slots are as declared."""
+    """Token-passes, operations and slots are as declared."""
     model, rows, length = subject.model(), 1, 3
     ids, shape = subject.ids(rows, length), model.shape
     declared = subject.component.token_passes(shape, training=False)
@@ -175,6 +177,15 @@ def cost(subject: Subject) -> str | None:
     declared, mean = subject.component.token_passes(shape, training=True), statistics.mean(drawn)
     if abs(mean - declared) > 5 * statistics.stdev(drawn) / DRAWS**0.5 + 1e-6:
         return f"training takes {mean:g} token-passes in the mean of {DRAWS} steps, declared are {declared:g}"
+    if not early:
+        recipe = load_recipe(
+            {"backbone": BACKBONES[subject.backbone], "recurrence": to_table(subject.component)}
+        )
+        with torch.no_grad():
+            done = operations(lambda: model(ids)) / ids.numel()
+        costs = ledger(recipe, length=length).evaluation_operations
+        if abs(done - costs) > 0.01 * done:
+            return f"evaluation takes {done:g} operations a token at L={length}, declared are {costs:g}"
     _, cache = model.prefill(ids)
     assert cache.slots is not None
     entries = len(cache.slots.token_S) / length

@@ -39,14 +39,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 import lattice
-from lattice.protocols import Recurrence, Unrolled
+from lattice.protocols import Pass, Recurrence, Unrolled
 
 @lattice.register("recurrence", "shifted")
 @dataclass(frozen=True, kw_only=True)
 class Shifted(Recurrence):
     """A shift."""
-    def token_passes(self, shape, *, training):
-        return 1.0
+    def passes(self, shape, *, training):
+        return [Pass()]
     def build(self, shape):
         return Shift(shape.hidden_size)
 

@@ -18,7 +18,7 @@ BACKBONE = '[backbone]\nkind = "gpt_neox"\nhidden_size = 16\nnum_attention_heads
 USER_RECURRENCE = """
 from dataclasses import dataclass
 from lattice.components.recurrence.none import OnePass
-from lattice.protocols import Initialization, Recurrence, Shape, Unroll
+from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll
 from lattice.registry import register
 
 
@@ -41,8 +41,8 @@ class Mine(Recurrence):
     def parallel_is_exact(self):
         return True
 
-    def token_passes(self, shape, *, training):
-        return 1.0
+    def passes(self, shape, *, training):
+        return [Pass()]
 
     def initialization(self, shape):
         return Initialization(std=0.02, residual_std=0.02)

@@ -247,7 +247,7 @@ def test_every_shipped_kind_says_what_it_is(role):
 VARIANT = '''
 from dataclasses import dataclass
 from lattice import register
-from lattice.protocols import Recurrence, Unroll, Unrolled
+from lattice.protocols import Pass, Recurrence, Unroll, Unrolled
 
 @register("recurrence", "KIND")
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +255,8 @@ class Mine(Recurrence):
     """A user's own."""
 
     DECORATOR
-    def token_passes(self, ARGUMENTS):
-        return 1.0
+    def passes(self, ARGUMENTS):
+        return [Pass()]
 
     def build(self, shape):
         return MineUnroll()
@@ -282,9 +282,9 @@ MISFITS = [
         {"STEP": "stack, cache, ids_B1"},
         r"'step' takes \(stack, cache, ids_B1\), not \(stack, ids_B1, cache\)",
     ),
-    ({"ARGUMENTS": "training"}, r"'token_passes' takes \(training\), not \(shape, training\)"),
+    ({"ARGUMENTS": "training"}, r"'passes' takes \(training\), not \(shape, training\)"),
     ({"DECORATOR": "def parallel_is_exact(self): return True\n"}, "'parallel_is_exact' must be a property"),
-    ({"DECORATOR": "@property", "ARGUMENTS": ""}, "'token_passes' must be a method"),
+    ({"DECORATOR": "@property", "ARGUMENTS": ""}, "'passes' must be a method"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lattice.protocols import Recurrence, Unroll, Unrolled
+from lattice.protocols import Pass, Recurrence, Unroll, Unrolled
 from lattice.registry import register
 
 
@@ -13,8 +13,9 @@ class LayerMixture(Recurrence):
 
     steps: int = 3
 
-    def token_passes(self, shape, *, training):
-        return self.steps + 1
+    def passes(self, shape, *, training):
+        mixing = 4 * shape.hidden_size * shape.vocab_size * shape.num_layers
+        return [Pass(times=self.steps, operations=mixing), Pass()]
 
     def build(self, shape):
         return Mixing(self.steps)
