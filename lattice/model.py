@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return Output(stack.logits(unrolled.hidden_BLD), telemetry=unrolled.telemetry)
         hidden_ND = unrolled.hidden_BLD.flatten(0, 1)
-        loss_sum, count = self.loss.total(hidden_ND, stack.logits, targets.flatten())
+        loss_sum, count = self.loss.total(hidden_ND, self.decoder.head, targets.flatten())
         return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry)
 
     @torch.no_grad()

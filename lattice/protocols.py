@@ -201,9 +201,7 @@ class Loss(Protocol):
     """From hidden states to a loss. It holds the head, so chunking over the vocabulary is its business."""
 
     @abstractmethod
-    def total(
-        self, hidden_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def total(self, hidden_ND: Tensor, head: nn.Module, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and the number of targets that count (those that are not -100)."""
 
 

@@ -21,7 +21,7 @@ def slots_of(inputs: tuple[Any, ...]) -> int:
 
 def operations(call: Callable[[], Any]) -> int:
     """Operations of the matrix products of `call`, in the convention of lattice.cost."""
-    with _Counter() as counter:
+    with _Counter() as counter:  # type: ignore[no-untyped-call]
         call()
     return int(counter.total)
 

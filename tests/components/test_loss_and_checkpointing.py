@@ -1,5 +1,7 @@
 """Chunked cross entropy, activation checkpointing and number formats: the same, computed otherwise."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -98,18 +100,44 @@ def test_cross_entropy_under_autocast(chunk):
         assert (gradient - value).norm() < 3e-2 * value.norm()
 
 
-def test_logits_are_never_held_for_more_than_a_chunk():
+def test_logits_are_held_for_a_chunk_and_computed_once():
     head, hidden, targets = loss_problem(12, "nothing")
-    sizes = []
-    head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    sizes, alive = [], []
+
+    def watch(module, inputs, output):
+        assert not any(earlier() is not None for earlier in alive)
+        alive.append(weakref.ref(output))
+        sizes.append(len(output))
+
+    head.register_forward_hook(watch)
     total, _ = CrossEntropy(chunk_tokens=5).total(hidden, head, targets)
-    assert sizes == [5, 5, 2]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
-        CrossEntropy(chunk_tokens=5).total(hidden, head, targets)
-    assert not any(shape[-1:] == (VOCABULARY,) for shape in kept)
+    assert not any(earlier() is not None for earlier in alive)
     total.backward()
-    assert sizes[-3:] == [2, 5, 5]
+    assert sizes == [5, 5, 2]
+
+
+def test_a_gradient_is_given_once():
+    head, hidden, targets = loss_problem(12, "nothing")
+    total, _ = CrossEntropy(chunk_tokens=5).total(hidden, head, targets)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        total.backward()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
+def test_only_what_is_asked_for_has_a_gradient(frozen):
+    head, hidden, targets = loss_problem(12, "some")
+    for name, tensor in (("hidden", hidden), ("weight", head.weight), ("bias", head.bias)):
+        tensor.requires_grad_(frozen not in (name, "all"))
+    total, _ = CrossEntropy(chunk_tokens=5).total(hidden, head, targets)
+    reference = F.cross_entropy(head(hidden), targets, reduction="sum")
+    torch.testing.assert_close(total, reference)
+    asked = [tensor for tensor in (hidden, head.weight, head.bias) if tensor.requires_grad]
+    assert total.requires_grad == bool(asked)
+    if asked:
+        pairs = zip(torch.autograd.grad(total, asked), torch.autograd.grad(reference, asked), strict=True)
+        for gradient, expected in pairs:
+            torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
 @both_backbones
