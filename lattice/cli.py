@@ -135,6 +135,79 @@ def check(target: str, *, set_: Set = None) -> None:
 
 
 @app.command
+def bench(
+    recipe: Path,
+    *,
+    thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    mode: Literal["train", "eval", "decode"] = "train",
+    jacobi: int | None = None,
+    solver: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    new_tokens: int = 32,
+    compare: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    set_: Set = None,
+    repetitions: int = 7,
+    warm_up: int = 2,
+    peak_tflops: float | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure what a thought costs: throughput, where the time goes, and memory, by number of thoughts.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file.
+    thoughts
+        Numbers of thoughts to measure; the recipe's own if not given. Iterations are as at evaluation.
+    mode
+        A training step, a forward pass of evaluation, or decoding through the cache.
+    jacobi
+        Refinements of the Jacobi solver, of RECIPE alone.
+    solver
+        jacobi or gauss_seidel, of RECIPE alone.
+    batch
+        Sequences at once; the recipe's micro-batch, or 1 for decoding, if not given.
+    length
+        Tokens of a sequence, or of the prompt (32) for decoding; the recipe's if not given.
+    new_tokens
+        Tokens to decode.
+    compare
+        Other recipes, measured in turn with this one.
+    set_
+        Overrides of all recipes, table.key=value.
+    peak_tflops
+        Of this machine, for MFU; known for some GPUs.
+    out
+        Folder for bench.jsonl and bench.png.
+    """
+    from lattice.bench import Options
+    from lattice.bench_report import run_bench
+    from lattice.recipe import load_recipe
+
+    of_first = list(set_ or [])
+    if jacobi is not None:
+        of_first += [f"recurrence.jacobi.train=[{jacobi}, {jacobi}]", f"recurrence.jacobi.eval={jacobi}"]
+    if solver is not None:
+        of_first.append(f"recurrence.solver={solver}")
+    recipes = {recipe.stem: load_recipe(recipe, of_first)}
+    for other in compare or []:
+        if other.stem in recipes:
+            raise ValueError(f"--compare {other}: a recipe of that name is measured already")
+        recipes[other.stem] = load_recipe(other, set_ or [])
+    options = Options(
+        mode=mode,
+        batch=batch,
+        length=length,
+        new_tokens=new_tokens,
+        warm_up=warm_up,
+        repetitions=repetitions,
+        peak=None if peak_tflops is None else peak_tflops * 1e12,
+    )
+    run_bench(recipes, thoughts, options, out)
+
+
+@app.command
 def generate(
     run: Path,
     *,

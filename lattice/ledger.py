@@ -28,6 +28,8 @@ class Ledger:
     """Of the layers and the final norm alone: without embedding and head."""
     training_token_passes: float
     """Slots sent through all layers, in the mean over the draws."""
+    evaluation_token_passes: float
+    """The same with the counts of evaluation."""
     inference_token_passes: float
     """The same in sequential decoding, which is the definition."""
     training_operations: float
@@ -63,6 +65,7 @@ def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
         return sum(one.token_passes(shape.num_layers) for one in passes)
 
     training = recurrence.passes(shape, training=True)
+    evaluating = recurrence.passes(shape, training=False)
     decoding = recurrence.decode_passes(shape)
     back = forward(one for one in training if one.gradients)
     return Ledger(
@@ -74,9 +77,10 @@ def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
             for parameter in part.parameters()
         ),
         training_token_passes=token_passes(training),
+        evaluation_token_passes=token_passes(evaluating),
         inference_token_passes=token_passes(decoding),
         training_operations=forward(training) + BACKWARD * back + (1 + BACKWARD) * head,
-        evaluation_operations=forward(recurrence.passes(shape, training=False)) + head,
+        evaluation_operations=forward(evaluating) + head,
         inference_operations=forward(decoding) + head,
         cached_numbers=cost.cached * shape.num_layers * token_passes(decoding),
     )

@@ -128,6 +128,12 @@ class Recurrence(Protocol):
         """Rows of the embedding table that the recurrence uses and no text may."""
         return ()
 
+    def with_thoughts(self, count: int) -> Recurrence:
+        """The same recurrence, thinking `count` times before each token: what the option is called differs.
+        Raises ValueError where there is no such count, or not this one."""
+        name = getattr(self, "kind", type(self).__name__)
+        raise ValueError(f"recurrence '{name}' cannot be given another number of thoughts")
+
     @abstractmethod
     def build(self, shape: Shape) -> Unroll:
         """Raises ValueError, beginning with the option's name, for options that this shape does not allow."""

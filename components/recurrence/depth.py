@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -90,6 +91,11 @@ class Depth(Recurrence):
                 repeated = Pass(layers=core, times=share * times, gradients=back, operations=inject)
                 passes.append(repeated)
         return passes
+
+    def with_thoughts(self, count: int) -> Recurrence:
+        if count < 1:
+            raise ValueError(f"thoughts = {count}: recurrence 'depth' runs its core at least once")
+        return dataclasses.replace(self, repetitions=Repetitions(train=(count, count), eval=count))
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, 1)

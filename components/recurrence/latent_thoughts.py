@@ -103,6 +103,9 @@ class LatentThoughts(Recurrence):
     def _mixing(self, shape: Shape) -> int:
         return mixture_operations(shape, self.top_k) if self.feedback == "softmax" else 0
 
+    def with_thoughts(self, count: int) -> Recurrence:
+        return dataclasses.replace(self, thoughts=count)
+
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.slots)
 

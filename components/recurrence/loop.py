@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -38,6 +39,9 @@ class Loop(Recurrence):
 
     def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         return [Pass(times=self.loops + 1)]
+
+    def with_thoughts(self, count: int) -> Recurrence:
+        return dataclasses.replace(self, loops=count)
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.loops + 1)

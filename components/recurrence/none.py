@@ -28,6 +28,11 @@ class NoRecurrence(Recurrence):
     def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         return [Pass()]
 
+    def with_thoughts(self, count: int) -> Recurrence:
+        if count:
+            raise ValueError(f"thoughts = {count}: recurrence 'none' has none; must be 0")
+        return self
+
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization(std=self.initializer_range, residual_std=self.initializer_range)
 

@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, n stages a token, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -47,6 +48,9 @@ class Pause(Recurrence):
 
     def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         return [Pass(stages=self.slots, read=1)]
+
+    def with_thoughts(self, count: int) -> Recurrence:
+        return dataclasses.replace(self, pauses=count)
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.slots)

@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -47,6 +48,9 @@ class _Pondering(Recurrence):
     def mixing(self, shape: Shape) -> int:
         """Operations of the feedback, for each token."""
         return 0
+
+    def with_thoughts(self, count: int) -> Recurrence:
+        return dataclasses.replace(self, steps=count)
 
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.steps + 1)

@@ -1,0 +1,279 @@
+"""What a thought costs, measured: throughput and memory of training, evaluation or decoding.
+
+Several recipes are measured in turn within each repetition, so that a machine that others use too slows all
+of them alike. Compare within one call.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+
+from lattice import __version__, hardware
+from lattice.assemble import build_model, choose_device
+from lattice.console import console
+from lattice.draws import Draw
+from lattice.generate import generate
+from lattice.ledger import Ledger, ledger
+from lattice.memory import LiveTensors
+from lattice.options import to_table
+from lattice.protocols import Precision, Recurrence
+from lattice.recipe import Recipe, load_recipe
+from lattice.run_folder import peak_memory_mib
+
+Mode = Literal["train", "eval", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and how often."""
+
+    mode: Mode = "train"
+    batch: int | None = None
+    """Sequences at once; the recipe's micro-batch if not given, one for decoding."""
+    length: int | None = None
+    """Tokens of a sequence, of the prompt when decoding; the recipe's if not given, and 32 for decoding."""
+    new_tokens: int = 32
+    """Tokens to decode."""
+    warm_up: int = 2
+    repetitions: int = 7
+    peak: float | None = None
+    """Operations a second of this machine, for MFU; that of the GPU if it is known."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("repetitions", 1), ("warm_up", 0), ("new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        for name in ("batch", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+
+
+def with_thoughts(recipe: Recipe, count: int) -> Recipe:
+    """The same recipe with `count` thoughts before each token, as many iterations in each training step as at
+    evaluation, so that all steps cost the same. Raises ValueError."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    table = to_table(recurrence.with_thoughts(count))
+    for value in table.values():
+        if isinstance(value, dict) and {"train", "eval"} <= value.keys():
+            value["train"] = [value["eval"]] * 2
+    return load_recipe({**recipe.table(), "recurrence": table})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One recipe at one thought count."""
+
+    label: str
+    thoughts: int
+    recipe: Recipe
+
+
+def bench(cases: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
+    """A row of results for each case. Those of one thought count are measured in turn, the counts one after
+    the other; a case that does not fit into memory has an `error`."""
+    for count in dict.fromkeys(case.thoughts for case in cases):
+        yield from _side_by_side([case for case in cases if case.thoughts == count], options)
+
+
+def _side_by_side(cases: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
+    workloads = [Workload(case, options) for case in cases]
+    shown = f"{options.mode}, {cases[0].thoughts} thoughts"
+    rounds = range(options.warm_up + options.repetitions)
+    for _ in track(rounds, shown, console=console, transient=True, disable=not console.is_terminal):
+        for workload in workloads:
+            workload.once()
+    for workload in workloads:
+        yield workload.row()
+    workloads.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Workload:
+    """One case, ready to run."""
+
+    def __init__(self, case: Case, options: Options) -> None:
+        recipe, decoding = case.recipe, options.mode == "decode"
+        run = recipe.run
+        self.case, self.options = case, options
+        self.device = choose_device(run.device)
+        self.precision: Precision = recipe.component("precision")
+        self.rows = options.batch or (1 if decoding else run.micro_batch or run.sequences)
+        self.length = options.length or (32 if decoding else run.sequence_tokens)
+        self.error: str | None = None
+        self.seconds: list[dict[str, float]] = []
+        self.memory: dict[str, float] = {}
+        self._call: Callable[[Clock], None] | None = self._ready()
+
+    def once(self) -> None:
+        """One more repetition; those for warming up are left out of the row."""
+        if self._call is None:
+            return
+        clock = Clock(self.device)
+        try:
+            self._call(clock)
+        except torch.OutOfMemoryError as error:
+            self.error, self._call = str(error).splitlines()[0], None
+            return
+        self.seconds.append(clock.seconds)
+
+    def _ready(self) -> Callable[[Clock], None]:
+        torch.manual_seed(self.case.recipe.run.seed)
+        self.model = build_model(self.case.recipe)
+        self.precision.apply(self.model)
+        self.model.to(self.device)
+        vocabulary = self.model.shape.vocab_size
+        reserved = self.model.recurrence.reserved_ids(self.model.shape)
+        highest = min(reserved, default=vocabulary)
+        ids = torch.randint(highest, (self.rows, self.length + 1))
+        self.ids_BL, self.targets_BL = ids[:, :-1], ids[:, 1:]
+        if self.options.mode == "train":
+            self.optimizer = self.case.recipe.component("optimizer").build(self.model)
+            return self._train
+        self.model.eval()
+        return self._evaluate if self.options.mode == "eval" else self._decode
+
+    def _train(self, clock: Clock) -> None:
+        with clock("data"):
+            ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
+        with clock("forward"), self.precision.autocast(self.device):
+            loss = self.model(ids_BL, targets=targets_BL, draw=Draw(0, 0)).loss
+        assert loss is not None
+        with clock("backward"):
+            loss.backward()
+        with clock("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _evaluate(self, clock: Clock) -> None:
+        with clock("data"):
+            ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
+        with clock("forward"), self.precision.autocast(self.device):
+            self.model(ids_BL, targets=targets_BL)
+
+    def _decode(self, clock: Clock) -> None:
+        with clock("data"):
+            ids_BL = self.ids_BL.to(self.device)
+        with clock("prefill"), self.precision.autocast(self.device):
+            generate(self.model, ids_BL, 1)
+        with clock("both"), self.precision.autocast(self.device):
+            generate(self.model, ids_BL, self.options.new_tokens + 1)
+        clock.seconds["forward"] = clock.seconds.pop("both") - clock.seconds["prefill"]
+
+    def row(self) -> dict[str, Any]:
+        """Medians with quartiles, the ledger's costs, and on what it was measured."""
+        options, recipe = self.options, self.case.recipe
+        decoding = options.mode == "decode"
+        costs = ledger(recipe, length=self.length)
+        row: dict[str, Any] = {
+            "recipe": self.case.label,
+            "mode": options.mode,
+            "thoughts": self.case.thoughts,
+            "batch": self.rows,
+            "length": self.length,
+            "precision": to_table(self.precision)["kind"],
+            "hardware": hardware.describe(self.device),
+            "versions": {
+                "lattice": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "warm_up": options.warm_up,
+            "repetitions": options.repetitions,
+            "ledger": asdict(costs),
+        }
+        if self._call is None:
+            return {**row, "error": self.error}
+        row |= self._peaks()
+        measured = self.seconds[options.warm_up :]
+        row["seconds"] = {part: statistics.median(one[part] for one in measured) for part in measured[0]}
+        timed = [part for part in measured[0] if part != "prefill"]
+        tokens = self.rows * (options.new_tokens if decoding else self.length)
+        rates = [tokens / sum(one[part] for part in timed) for one in measured]
+        row["tokens_per_second"] = _spread(rates)
+        passes, operations = _of_mode(costs, options.mode)
+        rate = row["tokens_per_second"]["median"]
+        row["token_passes_per_second"] = rate * passes
+        row["operations_per_token"] = operations
+        row["operations_per_second"] = rate * operations
+        peak = options.peak or hardware.peak_of(self.device)
+        row["mfu"] = None if peak is None else row["operations_per_second"] / peak
+        return row
+
+    def _peaks(self) -> dict[str, float]:
+        """One more repetition, its memory followed; it is slower, so that its time is not counted."""
+        assert self._call is not None
+        clock = Clock(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._call(clock)
+            return {"peak_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20}
+        state = self.optimizer.state.values() if self.options.mode == "train" else ()
+        held = [*self.model.parameters(), *self.model.buffers()]
+        held += [value for one in state for value in one.values() if isinstance(value, torch.Tensor)]
+        process = _ProcessPeak()
+        live = LiveTensors(held)
+        with live:
+            self._call(clock)
+        return {"peak_memory_mib": live.peak / 2**20, "peak_process_mib": process.mib()}
+
+
+class Clock:
+    """Seconds by part; on a GPU each part ends when its kernels have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[part] = time.perf_counter() - start
+
+
+class _ProcessPeak:
+    """Largest resident size of this process since now; since its start where that cannot be reset."""
+
+    def __init__(self) -> None:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def mib(self) -> float:
+        try:
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        except (OSError, IndexError):
+            return peak_memory_mib(torch.device("cpu"))
+
+
+def _of_mode(costs: Ledger, mode: Mode) -> tuple[float, float]:
+    """Token-passes and operations a token."""
+    if mode == "train":
+        return costs.training_token_passes, costs.training_operations
+    if mode == "eval":
+        return costs.evaluation_token_passes, costs.evaluation_operations
+    return costs.inference_token_passes, costs.inference_operations
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {"low": values[0], "median": values[0], "high": values[0]}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"low": low, "median": median, "high": high}

@@ -1,0 +1,140 @@
+"""Results of `lattice bench`: a table, lines of jsonl, a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lattice.bench import Case, Options, bench, with_thoughts
+from lattice.console import say, table
+from lattice.recipe import Recipe
+
+Row = dict[str, Any]
+
+
+def run_bench(
+    recipes: dict[str, Recipe], thoughts: Sequence[int] | None, options: Options, out: Path | None
+) -> list[Row]:
+    """Measures every recipe at every thought count (None: as it is), shows the tables, and writes
+    `bench.jsonl`, a line as soon as it is known, and `bench.png` to the folder `out`."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for row in bench(_cases(recipes, thoughts), options):
+        rows.append(row)
+        if out is not None:
+            with (out / "bench.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    show(rows)
+    if out is not None:
+        say(f"wrote {out / 'bench.jsonl'}" + _picture(rows, out / "bench.png"))
+    return rows
+
+
+def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[Case]:
+    """Counts that a recipe cannot have are left out, and said so; ValueError where it can have none."""
+    if thoughts is None:
+        return [
+            Case(label=label, thoughts=recipe.component("recurrence").slots - 1, recipe=recipe)
+            for label, recipe in recipes.items()
+        ]
+    counts, cases = sorted(set(thoughts)), list[Case]()
+    if counts[0] < 0:
+        raise ValueError(f"thoughts = {counts[0]}: must be at least 0")
+    for label, recipe in recipes.items():
+        refused: list[str] = []
+        for count in counts:
+            try:
+                cases.append(Case(label=label, thoughts=count, recipe=with_thoughts(recipe, count)))
+            except ValueError as error:
+                refused.append(str(error))
+        if len(refused) == len(counts):
+            raise ValueError(f"{label}: {refused[0]}")
+        for problem in refused:
+            say(f"{label} is left out: {problem}")
+    return cases
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Two tables of a terminal: how fast and how large, and where the time goes."""
+    first = rows[0]
+    several = len({row["recipe"] for row in rows}) > 1
+    measured = [row for row in rows if "error" not in row]
+    say(
+        f"{'' if several else first['recipe'] + ', '}{first['mode']}, batch {first['batch']} x "
+        f"{first['length']} tokens, {first['precision']}\n{first['hardware']}, "
+        f"torch {first['versions']['torch']}, medians of {first['repetitions']} (quartiles)"
+    )
+
+    def named(row: Row) -> list[str]:
+        return [*([row["recipe"]] if several else []), str(row["thoughts"])]
+
+    names = [*(["recipe"] if several else []), "thoughts"]
+    memory = (
+        ["peak MiB", "process MiB"] if any("peak_process_mib" in row for row in measured) else ["peak MiB"]
+    )
+    table(
+        "throughput and memory",
+        [*names, "tokens/s", "passes/s", *memory],
+        [named(row) + _rates(row) for row in rows],
+    )
+    parts = list(measured[0]["seconds"]) if measured else []
+    columns = [*names, *[f"{part} ms" for part in parts], "MFLOP/tok", "GFLOP/s"]
+    if any(row["mfu"] is not None for row in measured):
+        columns.append("MFU")
+    table("time and operations", columns, [named(row) + _work(row, parts) for row in measured])
+
+
+def _rates(row: Row) -> list[str]:
+    if "error" in row:
+        return [row["error"]]
+    rate = row["tokens_per_second"]
+    digits = 0 if rate["median"] >= 100 else 1
+    low, median, high = (f"{rate[name]:,.{digits}f}" for name in ("low", "median", "high"))
+    memory = [f"{row[name]:,.0f}" for name in ("peak_memory_mib", "peak_process_mib") if name in row]
+    return [f"{median} ({low} to {high})", f"{row['token_passes_per_second']:,.0f}", *memory]
+
+
+def _work(row: Row, parts: list[str]) -> list[str]:
+    return [
+        *[f"{1000 * row['seconds'][part]:,.1f}" for part in parts],
+        f"{row['operations_per_token'] / 1e6:,.1f}",
+        f"{row['operations_per_second'] / 1e9:,.1f}",
+        *([] if row["mfu"] is None else [f"{row['mfu']:.1%}"]),
+    ]
+
+
+def _picture(rows: Sequence[Row], path: Path) -> str:
+    """Throughput and memory against the number of thoughts; says what came of it."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return "; for a picture: pip install 'lattice[plot]'"
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if "error" not in row]
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for label in dict.fromkeys(row["recipe"] for row in measured):
+        mine = sorted((row for row in measured if row["recipe"] == label), key=lambda row: row["thoughts"])
+        counts = [row["thoughts"] for row in mine]
+        rates = [row["tokens_per_second"] for row in mine]
+        middle = [rate["median"] for rate in rates]
+        below = [rate["median"] - rate["low"] for rate in rates]
+        above = [rate["high"] - rate["median"] for rate in rates]
+        speed.errorbar(counts, middle, [below, above], marker="o", capsize=3, label=label)
+        memory.plot(counts, [row["peak_memory_mib"] for row in mine], marker="o", label=label)
+    for axes, name in ((speed, "tokens a second"), (memory, "peak memory, MiB")):
+        axes.set(xlabel="thoughts", ylabel=name, ylim=(0, None))
+        axes.set_xticks(sorted({row["thoughts"] for row in measured}))
+        axes.grid(alpha=0.3)
+    speed.legend()
+    first = rows[0]
+    figure.suptitle(
+        f"{first['mode']}, batch {first['batch']} x {first['length']}, {first['hardware']}", size=9
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return f" and {path}"

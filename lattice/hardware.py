@@ -1,0 +1,55 @@
+"""GPUs that one may not have: their memory and their peak, from NVIDIA's data sheets.
+
+https://www.nvidia.com/en-us/data-center/h100/ and the pages of the others; dense bfloat16 on tensor cores.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class GPU:
+    memory: float
+    """Bytes."""
+    peak: float
+    """Dense bfloat16 operations a second."""
+    names: str
+    """What torch calls it begins or goes on with."""
+
+
+GPUS: dict[str, GPU] = {
+    "a100-40gb": GPU(40 * 2**30, 312e12, "A100-SXM4-40GB"),
+    "a100-80gb": GPU(80 * 2**30, 312e12, "A100-SXM4-80GB"),
+    "h100-80gb": GPU(80 * 2**30, 989e12, "H100 80GB HBM3"),
+    "h200-141gb": GPU(141e9, 989e12, "H200"),
+}
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Dense bfloat16 operations a second of a device in the table; None of another."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu.peak for gpu in GPUS.values() if gpu.names in name), None)
+
+
+def describe(device: torch.device) -> str:
+    """In words, for results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

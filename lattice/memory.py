@@ -1,0 +1,161 @@
+"""Memory that tensors hold, followed as a computation runs: of real tensors, or of fake ones that hold none.
+
+A fake computation allocates nothing and costs only the time of its Python: it tells the peak of a model that
+this machine could not hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lattice.assemble import undrawn_model
+from lattice.draws import Draw
+from lattice.model import LanguageModel
+from lattice.protocols import Optimizer, Precision
+from lattice.recipe import Recipe
+
+Label = Callable[[Tensor], str]
+
+
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that are alive: of `known` tensors, and of all that come out of an operation
+    while the mode is active. Each is counted under the name that `label` gives its first tensor."""
+
+    def __init__(self, known: Iterable[Tensor] = (), label: Label = lambda tensor: "other") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._label = label
+        self._number: dict[int, int] = {}
+        self._size: list[int] = []
+        self._name: list[str] = []
+        self._events: list[tuple[int, bool]] = []
+        self._at_peak = 0
+        self._notice(known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._notice(leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor))
+        return out
+
+    def rename(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Counts their storages, alive now, under another name, from their first moment on."""
+        for tensor in tensors:
+            self._name[self._number[tensor.untyped_storage()._cdata]] = name
+
+    def at_peak(self) -> Counter[str]:
+        """Bytes under each name when there were the most."""
+        alive = set[int]()
+        for number, born in self._events[: self._at_peak]:
+            (alive.add if born else alive.remove)(number)
+        bytes_of: Counter[str] = Counter()
+        for number in alive:
+            bytes_of[self._name[number]] += self._size[number]
+        return bytes_of
+
+    def _notice(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._number:
+                continue
+            number = self._number[key] = len(self._size)
+            self._size.append(storage.nbytes())
+            self._name.append(self._label(tensor))
+            self._events.append((number, True))
+            self.live += self._size[number]
+            weakref.finalize(storage, self._forget, key)
+        if self.live > self.peak:
+            self.peak, self._at_peak = self.live, len(self._events)
+
+    def _forget(self, key: int) -> None:
+        number = self._number.pop(key)
+        self._events.append((number, False))
+        self.live -= self._size[number]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes of a training step on one device when it needs the most, by part."""
+
+    parameters: int
+    gradients: int
+    """Those that are there by then."""
+    optimizer: int
+    logits: int
+    """Of a chunk of the loss: with their softmax and their gradient."""
+    activations: int
+    """All else: what the backward pass needs, casts of weights, what an operation has in hand."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.logits + self.activations
+
+
+@dataclass(frozen=True)
+class Most(Draw):
+    """Draws the largest of every range."""
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        return high
+
+
+def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
+    """Predicted for a step on `rows` sequences of `length` tokens, with the most iterations that it may draw,
+    by computing it on fake tensors; one micro-batch, after the optimizer's first step."""
+    optimizer: Optimizer = recipe.component("optimizer")
+    with FakeTensorMode(), torch.device("cpu"):
+        model = undrawn_model(recipe)
+        recipe.component("precision").apply(model)
+        ids_BL = torch.zeros(rows, length, dtype=torch.int64)
+        live = traced_step(model, ids_BL, recipe.component("precision"))
+        updated = optimizer.build(model)
+        updated.step()
+        states = (value for state in updated.state.values() for value in state.values())
+        moments = _bytes(value for value in states if isinstance(value, Tensor) and value.dim())
+        weights = _bytes(model.parameters())
+        gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
+    parts = live.at_peak()
+    if live.peak < weights + gradients:  # in the optimizer's step, when all else is gone
+        parts = Counter(parameters=weights, gradients=gradients)
+    return StepMemory(
+        parameters=parts["parameters"],
+        gradients=parts["gradients"],
+        optimizer=moments,
+        logits=parts["logits"],
+        activations=parts["other"],
+    )
+
+
+def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision) -> LiveTensors:
+    """Forward and backward, followed: `parameters`, `gradients`, `logits` and `other`. Gradients stay."""
+    vocabulary = model.shape.vocab_size
+
+    def label(tensor: Tensor) -> str:
+        predicts = tensor.dim() > 1 and tensor.shape[-1] == vocabulary and tensor.is_floating_point()
+        return "logits" if predicts else "other"
+
+    held = [*model.parameters(), *model.buffers()]
+    live = LiveTensors([*held, ids_BL], label)
+    live.rename(held, "parameters")
+    with live:
+        with precision.autocast(ids_BL.device):
+            loss = model(ids_BL, targets=ids_BL, draw=Most(0, 0)).loss
+        assert loss is not None
+        loss.backward()
+        del loss
+    live.rename((p.grad for p in model.parameters() if p.grad is not None), "gradients")
+    return live
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

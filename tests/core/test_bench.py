@@ -1,0 +1,176 @@
+"""What `lattice bench` and the memory it follows say, on models so small that only the bookkeeping is tried."""
+
+import json
+
+import pytest
+import torch
+
+import lattice
+from lattice import bench as benching
+from lattice.bench import Case, Options, bench, with_thoughts
+from lattice.cli import main
+from lattice.ledger import ledger
+from lattice.memory import LiveTensors
+
+TINY = {
+    "kind": "gpt_neox",
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+COUNTED = {
+    "latent_thoughts": "thoughts",
+    "pause": "pauses",
+    "loop": "loops",
+    "ponder": "steps",
+    "hidden_ponder": "steps",
+}
+
+
+def recipe_of(kind="latent_thoughts", **tables):
+    run = {"batch_tokens": 32, "sequence_tokens": 16, "device": "cpu"}
+    return lattice.load_recipe({"backbone": TINY, "recurrence": {"kind": kind}, "run": run, **tables})
+
+
+@pytest.mark.parametrize("kind", list(COUNTED))
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_thought_counts(kind, count):
+    recipe = with_thoughts(recipe_of(kind), count)
+    assert getattr(recipe.component("recurrence"), COUNTED[kind]) == count
+    costs = ledger(recipe)
+    assert costs.training_token_passes == pytest.approx(costs.evaluation_token_passes)
+    assert costs.inference_token_passes == count + 1
+    assert recipe.component("backbone") == recipe_of().component("backbone")
+
+
+def test_thought_counts_that_cannot_be():
+    assert with_thoughts(recipe_of("none"), 0).component("recurrence") == recipe_of("none").component(
+        "recurrence"
+    )
+    with pytest.raises(ValueError, match="thoughts = 2: recurrence 'none' has none"):
+        with_thoughts(recipe_of("none"), 2)
+    with pytest.raises(ValueError, match="repetitions"):
+        with_thoughts(recipe_of("depth"), 0)
+    repeated = with_thoughts(recipe_of("depth"), 3).component("recurrence").repetitions
+    assert (repeated.train, repeated.eval) == ((3, 3), 3)
+
+
+@pytest.mark.parametrize("kind", ["none", "depth", *COUNTED])
+@pytest.mark.parametrize("mode", ["train", "eval", "decode"])
+def test_rows(kind, mode):
+    recipe = recipe_of(kind, precision={"kind": "bf16"})
+    options = Options(mode=mode, warm_up=1, repetitions=3, new_tokens=4, peak=1e12)
+    (row,) = bench([Case(label="mine", thoughts=1, recipe=recipe)], options)
+    rate, costs = row["tokens_per_second"], ledger(recipe, length=row["length"])
+    assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+    passes, operations = {
+        "train": (costs.training_token_passes, costs.training_operations),
+        "eval": (costs.evaluation_token_passes, costs.evaluation_operations),
+        "decode": (costs.inference_token_passes, costs.inference_operations),
+    }[mode]
+    assert row["token_passes_per_second"] == pytest.approx(rate["median"] * passes)
+    assert row["mfu"] == pytest.approx(rate["median"] * operations / 1e12)
+    assert (row["batch"], row["length"]) == ((1, 32) if mode == "decode" else (2, 16))
+    parts = {"train": {"data", "forward", "backward", "optimizer"}, "eval": {"data", "forward"}}
+    assert set(row["seconds"]) == parts.get(mode, {"data", "prefill", "forward"})
+    weights = 4 * costs.parameters
+    assert row["peak_memory_mib"] * 2**20 > (4 if mode == "train" else 1) * weights
+    assert row["peak_process_mib"] > row["peak_memory_mib"]
+    json.dumps(row)
+
+
+def test_recipes_take_turns(monkeypatch):
+    turns = []
+    once = benching.Workload.once
+    monkeypatch.setattr(
+        benching.Workload,
+        "once",
+        lambda self: (turns.append((self.case.label, self.case.thoughts)), once(self)),
+    )
+    cases = [
+        Case(label=label, thoughts=count, recipe=with_thoughts(recipe_of(kind), count))
+        for label, kind in (("a", "loop"), ("b", "pause"))
+        for count in (0, 2)
+    ]
+    rows = list(bench(cases, Options(mode="eval", warm_up=1, repetitions=2)))
+    assert turns == 3 * [("a", 0), ("b", 0)] + 3 * [("a", 2), ("b", 2)]
+    assert [(row["recipe"], row["thoughts"]) for row in rows] == [("a", 0), ("b", 0), ("a", 2), ("b", 2)]
+
+
+def test_a_case_that_does_not_fit_is_a_row_and_the_others_go_on(monkeypatch):
+    train = benching.Workload._train
+
+    def fails(self, clock):
+        if self.case.thoughts == 1:
+            raise torch.OutOfMemoryError("no room\nat all")
+        train(self, clock)
+
+    monkeypatch.setattr(benching.Workload, "_train", fails)
+    cases = [Case(label="m", thoughts=n, recipe=with_thoughts(recipe_of(), n)) for n in (0, 1, 2)]
+    rows = list(bench(cases, Options(warm_up=0, repetitions=1)))
+    assert [row.get("error") for row in rows] == [None, "no room", None]
+
+
+def test_command(tmp_path, capsys):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(recipe_of().to_toml())
+    plain = tmp_path / "plain.toml"
+    plain.write_text(recipe_of("none").to_toml())
+    common = ["bench", str(recipe), "--repetitions", "1", "--warm-up", "0", "--out", str(tmp_path / "out")]
+    main([*common, "--thoughts", "0", "2", "--compare", str(plain), "--solver", "gauss_seidel"])
+    shown = capsys.readouterr().out
+    assert "plain is left out: thoughts = 2" in shown
+    assert "passes/s" in shown
+    main([*common, "--jacobi", "7", "--mode", "eval", "--batch", "3", "--length", "5"])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").read_text().splitlines()]
+    assert [(row["recipe"], row["thoughts"]) for row in rows] == [
+        ("mine", 0),
+        ("plain", 0),
+        ("mine", 2),
+        ("mine", 1),
+    ]
+    assert rows[2]["ledger"]["training_token_passes"] == 3 * (3 + 1)  # sweeps
+    assert rows[3]["ledger"]["evaluation_token_passes"] == 1 + 2 * 8
+    assert (rows[3]["batch"], rows[3]["length"]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--thoughts", "-1"], "thoughts = -1: must be at least 0"),
+        (["--repetitions", "0"], "repetitions = 0: must be at least 1"),
+        (["--batch", "0"], "batch = 0: must be at least 1"),
+        (["--mode", "training"], "--mode"),
+        (["--solver", "newton"], "recurrence.solver"),
+        (["--length", "65"], "context"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, arguments, message):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(recipe_of().to_toml())
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", str(recipe), *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ── live tensors ──────────────────────────────────────────────────────────────────────────────────
+def test_live_tensors():
+    weight = torch.ones(1000)
+    live = LiveTensors([weight], lambda tensor: "large" if tensor.numel() > 5000 else "small")
+    with live:
+        doubled = weight * 2
+        view = doubled[:10]
+        large = torch.zeros(10_000)
+        assert live.live == 4 * (2000 + 10_000)
+        del doubled
+        assert live.live == 4 * (2000 + 10_000)  # the view holds it
+        del large, view
+        assert live.live == 4 * 1000
+    assert live.peak == 4 * 12_000
+    assert live.at_peak() == {"small": 8000, "large": 40_000}
+    live.rename([weight], "weight")
+    assert live.at_peak() == {"small": 4000, "large": 40_000, "weight": 4000}
