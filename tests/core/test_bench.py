@@ -1,4 +1,4 @@
-"""What `lattice bench` and the memory it follows say, on models so small that only the bookkeeping is tried."""
+"""What `lattice bench` says, on models so small that only the bookkeeping is tried."""
 
 import json
 
@@ -47,12 +47,11 @@ def test_thought_counts(kind, count):
 
 
 def test_thought_counts_that_cannot_be():
-    assert with_thoughts(recipe_of("none"), 0).component("recurrence") == recipe_of("none").component(
-        "recurrence"
-    )
+    plain = recipe_of("none")
+    assert with_thoughts(plain, 0).component("recurrence") == plain.component("recurrence")
     with pytest.raises(ValueError, match="thoughts = 2: recurrence 'none' has none"):
         with_thoughts(recipe_of("none"), 2)
-    with pytest.raises(ValueError, match="repetitions"):
+    with pytest.raises(ValueError, match="thoughts = 0: recurrence 'depth'"):
         with_thoughts(recipe_of("depth"), 0)
     repeated = with_thoughts(recipe_of("depth"), 3).component("recurrence").repetitions
     assert (repeated.train, repeated.eval) == ((3, 3), 3)
@@ -83,13 +82,13 @@ def test_rows(kind, mode):
 
 
 def test_recipes_take_turns(monkeypatch):
-    turns = []
-    once = benching.Workload.once
-    monkeypatch.setattr(
-        benching.Workload,
-        "once",
-        lambda self: (turns.append((self.case.label, self.case.thoughts)), once(self)),
-    )
+    turns, once = [], benching.Workload.once
+
+    def watched(self):
+        turns.append((self.case.label, self.case.thoughts))
+        once(self)
+
+    monkeypatch.setattr(benching.Workload, "once", watched)
     cases = [
         Case(label=label, thoughts=count, recipe=with_thoughts(recipe_of(kind), count))
         for label, kind in (("a", "loop"), ("b", "pause"))
@@ -114,24 +113,26 @@ def test_a_case_that_does_not_fit_is_a_row_and_the_others_go_on(monkeypatch):
     assert [row.get("error") for row in rows] == [None, "no room", None]
 
 
+def succeeds(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+
+
 def test_command(tmp_path, capsys):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(recipe_of().to_toml())
     plain = tmp_path / "plain.toml"
     plain.write_text(recipe_of("none").to_toml())
     common = ["bench", str(recipe), "--repetitions", "1", "--warm-up", "0", "--out", str(tmp_path / "out")]
-    main([*common, "--thoughts", "0", "2", "--compare", str(plain), "--solver", "gauss_seidel"])
+    succeeds([*common, "--thoughts", "0", "2", "--compare", str(plain), "--solver", "gauss_seidel"])
     shown = capsys.readouterr().out
     assert "plain is left out: thoughts = 2" in shown
     assert "passes/s" in shown
-    main([*common, "--jacobi", "7", "--mode", "eval", "--batch", "3", "--length", "5"])
+    succeeds([*common, "--jacobi", "7", "--mode", "eval", "--batch", "3", "--length", "5"])
     rows = [json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").read_text().splitlines()]
-    assert [(row["recipe"], row["thoughts"]) for row in rows] == [
-        ("mine", 0),
-        ("plain", 0),
-        ("mine", 2),
-        ("mine", 1),
-    ]
+    labels = [(row["recipe"], row["thoughts"]) for row in rows]
+    assert labels == [("mine", 0), ("plain", 0), ("mine", 2), ("mine", 1)]
     assert rows[2]["ledger"]["training_token_passes"] == 3 * (3 + 1)  # sweeps
     assert rows[3]["ledger"]["evaluation_token_passes"] == 1 + 2 * 8
     assert (rows[3]["batch"], rows[3]["length"]) == (3, 5)
