@@ -27,8 +27,8 @@ from lattice.generate import generate
 from lattice.ledger import Ledger, ledger
 from lattice.memory import LiveTensors
 from lattice.options import to_table
-from lattice.protocols import Precision, Recurrence
-from lattice.recipe import Recipe, load_recipe
+from lattice.protocols import Precision
+from lattice.recipe import Recipe
 from lattice.run_folder import peak_memory_mib
 
 Mode = Literal["train", "eval", "decode"]
@@ -58,17 +58,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
-
-
-def with_thoughts(recipe: Recipe, count: int) -> Recipe:
-    """The same recipe with `count` thoughts before each token, as many iterations in each training step as at
-    evaluation, so that all steps cost the same. Raises ValueError."""
-    recurrence: Recurrence = recipe.component("recurrence")
-    table = to_table(recurrence.with_thoughts(count))
-    for value in table.values():
-        if isinstance(value, dict) and {"train", "eval"} <= value.keys():
-            value["train"] = [value["eval"]] * 2
-    return load_recipe({**recipe.table(), "recurrence": table})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lattice.bench import Case, Options, bench, with_thoughts
+from lattice.bench import Case, Options, bench
 from lattice.console import say, table
 from lattice.recipe import Recipe
+from lattice.thought_counts import with_thoughts
 
 Row = dict[str, Any]
 
@@ -47,9 +48,11 @@ def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[C
         refused: list[str] = []
         for count in counts:
             try:
-                cases.append(Case(label=label, thoughts=count, recipe=with_thoughts(recipe, count)))
+                counted = with_thoughts(recipe, count, drawn=False)
             except ValueError as error:
                 refused.append(str(error))
+            else:
+                cases.append(Case(label=label, thoughts=count, recipe=counted))
         if len(refused) == len(counts):
             raise ValueError(f"{label}: {refused[0]}")
         for problem in refused:

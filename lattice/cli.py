@@ -208,6 +208,43 @@ def bench(
 
 
 @app.command
+def plan(
+    recipe: Path,
+    *,
+    thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    gpu: str = "h100-80gb",
+    gpus: int = 1,
+    mfu: float = 0.4,
+    set_: Set = None,
+    out: Path | None = None,
+) -> None:
+    """Predict memory, time and cost on GPUs that this machine need not have.
+
+    Parameters
+    ----------
+    recipe
+        A TOML file.
+    thoughts
+        Numbers of thoughts; 0 1 2 3 if not given.
+    gpu
+        a100-40gb, a100-80gb, h100-80gb or h200-141gb.
+    gpus
+        How many.
+    mfu
+        Share of their peak that is assumed to be reached, of all operations that are done.
+    set_
+        Overrides, table.key=value.
+    out
+        A jsonl file for every setting.
+    """
+    from lattice.plan_report import run_plan
+    from lattice.recipe import load_recipe
+
+    counts = [0, 1, 2, 3] if thoughts is None else thoughts
+    run_plan(load_recipe(recipe, set_ or []), counts, gpu=gpu, gpus=gpus, utilization=mfu, out=out)
+
+
+@app.command
 def generate(
     run: Path,
     *,

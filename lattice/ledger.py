@@ -1,6 +1,6 @@
 """The ledger: what a recipe costs, added up from what its components declare (lattice.cost).
 
-Model operations only: what activation checkpointing computes again is not counted.
+Operations are the model's; what activation checkpointing computes again is counted apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lattice.assemble import build_model
 from lattice.cost import Pass
-from lattice.protocols import Backbone, Recurrence
+from lattice.protocols import ActivationCheckpoint, Backbone, Recurrence
 from lattice.recipe import Recipe
 
 BACKWARD = 2
@@ -34,6 +34,8 @@ class Ledger:
     """The same in sequential decoding, which is the definition."""
     training_operations: float
     """Forward and backward, head included, in the mean over the draws."""
+    repeated_operations: float
+    """What activation checkpointing computes again in the backward pass."""
     evaluation_operations: float
     """Forward, in parallel, with the counts of evaluation."""
     inference_operations: float
@@ -50,6 +52,7 @@ def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
     """Costs of `recipe` for sequences of `length` tokens, `run.sequence_tokens` if not given."""
     backbone: Backbone = recipe.component("backbone")
     recurrence: Recurrence = recipe.component("recurrence")
+    checkpointing: ActivationCheckpoint = recipe.component("activation_checkpoint")
     shape, cost = backbone.shape, backbone.layer_cost
     length = recipe.run.sequence_tokens if length is None else length
     model = build_model(recipe, device="meta")
@@ -80,6 +83,7 @@ def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
         evaluation_token_passes=token_passes(evaluating),
         inference_token_passes=token_passes(decoding),
         training_operations=forward(training) + BACKWARD * back + (1 + BACKWARD) * head,
+        repeated_operations=checkpointing.again * back,
         evaluation_operations=forward(evaluating) + head,
         inference_operations=forward(decoding) + head,
         cached_numbers=cost.cached * shape.num_layers * token_passes(decoding),

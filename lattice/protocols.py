@@ -194,6 +194,11 @@ class Precision(Protocol):
 class ActivationCheckpoint(Protocol):
     """What is kept of the forward pass and what is computed again in the backward pass."""
 
+    @property
+    def again(self) -> int:
+        """How often the backward pass computes the matrix products of the layers again."""
+        return 0
+
     @abstractmethod
     def block(self, call: Callable[..., T]) -> Callable[..., T]:
         """Wraps the call of one layer."""

@@ -31,6 +31,10 @@ def recomputed(call: Callable[..., T]) -> Callable[..., T]:
 class RecomputeBlock(ActivationCheckpoint):
     """Keeps the input of every layer of every pass; the rest of a layer is computed twice."""
 
+    @property
+    def again(self) -> int:
+        return 1
+
     def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call)
 
@@ -45,6 +49,10 @@ class RecomputePass(ActivationCheckpoint):
 
     blocks: bool = False
     """While a pass is computed again, keep the inputs of its layers alone: a layer is computed thrice."""
+
+    @property
+    def again(self) -> int:
+        return 1 + self.blocks
 
     def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call) if self.blocks else call

@@ -7,10 +7,11 @@ import torch
 
 import lattice
 from lattice import bench as benching
-from lattice.bench import Case, Options, bench, with_thoughts
+from lattice.bench import Case, Options, bench
 from lattice.cli import main
 from lattice.ledger import ledger
 from lattice.memory import LiveTensors
+from lattice.thought_counts import with_thoughts
 
 TINY = {
     "kind": "gpt_neox",
@@ -38,7 +39,7 @@ def recipe_of(kind="latent_thoughts", **tables):
 @pytest.mark.parametrize("kind", list(COUNTED))
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_thought_counts(kind, count):
-    recipe = with_thoughts(recipe_of(kind), count)
+    recipe = with_thoughts(recipe_of(kind), count, drawn=False)
     assert getattr(recipe.component("recurrence"), COUNTED[kind]) == count
     costs = ledger(recipe)
     assert costs.training_token_passes == pytest.approx(costs.evaluation_token_passes)

@@ -1,0 +1,134 @@
+"""What a recipe would need and take on GPUs that one does not have.
+
+Memory is predicted by computing a step on fake tensors (lattice.memory), time from the ledger's operations at
+a stated share of the GPUs' peak. On several GPUs weights, gradients and optimizer state are sharded (FSDP),
+and a rank holds all weights and gradients through the passes of a step, gathered once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lattice.hardware import GPU
+from lattice.ledger import Ledger, ledger
+from lattice.memory import StepMemory, step_memory
+from lattice.recipe import Recipe, RecipeError, load_recipe
+from lattice.thought_counts import with_thoughts
+
+CHECKPOINTING: dict[str, dict[str, object]] = {
+    "none": {"kind": "none"},
+    "selective": {"kind": "selective"},
+    "block": {"kind": "block"},
+    "pass": {"kind": "pass"},
+    "pass, blocks": {"kind": "pass", "blocks": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where it is to run."""
+
+    gpu: GPU
+    gpus: int = 1
+    utilization: float = 0.4
+    """Share of the peak that is reached, of all operations that are done, repeated ones too."""
+    reserve: float = 0.06
+    """Share of a GPU's memory that the driver, the libraries and fragments take."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"gpus = {self.gpus}: must be at least 1")
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"mfu = {self.utilization}: must be greater than 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One number of thoughts and one kind of activation checkpointing, on the target."""
+
+    thoughts: int
+    checkpointing: str
+    micro_batch: int
+    memory: StepMemory
+    """Of a rank."""
+    costs: Ledger
+    fits: bool
+    tokens_per_second: float
+    """On all GPUs."""
+    days: float
+    """For the recipe's tokens."""
+    gpu_hours: float
+
+
+def rows_of(recipe: Recipe, gpus: int) -> int:
+    """Sequences that a rank takes at once. Raises RecipeError where they cannot be divided."""
+    run = recipe.run
+    share, left = divmod(run.sequences, gpus)
+    if left:
+        raise RecipeError(
+            [
+                f"{recipe.origin(('run', 'batch_tokens'))}: run.batch_tokens = {run.batch_tokens}: its "
+                f"{run.sequences} sequences must divide by {gpus} GPUs"
+            ]
+        )
+    rows = run.micro_batch or share
+    if share % rows:
+        raise RecipeError(
+            [
+                f"{recipe.origin(('run', 'micro_batch'))}: run.micro_batch = {rows}: must divide the "
+                f"{share} sequences of each of {gpus} GPUs"
+            ]
+        )
+    return rows
+
+
+def plan(recipe: Recipe, thoughts: Sequence[int], target: Target) -> Iterator[Setting]:
+    """Every thought count with every kind of checkpointing. Raises ValueError for a count that the recurrence
+    cannot have."""
+    counted = {count: with_thoughts(recipe, count) for count in thoughts}
+    for count, thinking in counted.items():
+        for name, table in CHECKPOINTING.items():
+            chosen = load_recipe({**thinking.table(), "activation_checkpoint": table})
+            yield _setting(count, name, chosen, target)
+
+
+def cheapest(settings: Sequence[Setting]) -> Setting | None:
+    """Of those that fit the one that takes the least time, and among equals the one with the most room."""
+    fitting = [setting for setting in settings if setting.fits]
+    return min(fitting, key=lambda one: (one.gpu_hours, one.memory.total), default=None)
+
+
+def _setting(count: int, name: str, recipe: Recipe, target: Target) -> Setting:
+    run = recipe.run
+    rows = rows_of(recipe, target.gpus)
+    memory = _of_rank(step_memory(recipe, rows=rows, length=run.sequence_tokens), target.gpus)
+    costs = ledger(recipe)
+    operations = costs.training_operations + costs.repeated_operations
+    rate = target.gpus * target.gpu.peak * target.utilization / operations
+    seconds = run.steps * run.batch_tokens / rate
+    return Setting(
+        thoughts=count,
+        checkpointing=name,
+        micro_batch=rows,
+        memory=memory,
+        costs=costs,
+        fits=memory.total <= (1 - target.reserve) * target.gpu.memory,
+        tokens_per_second=rate,
+        days=seconds / 86400,
+        gpu_hours=target.gpus * seconds / 3600,
+    )
+
+
+def _of_rank(memory: StepMemory, gpus: int) -> StepMemory:
+    """The rank's shards, and for the time of a step all weights and gradients."""
+    if gpus == 1:
+        return memory
+    shard = memory.parameters // gpus
+    return dataclasses.replace(
+        memory,
+        parameters=memory.parameters + shard,
+        gradients=memory.gradients + shard,
+        optimizer=memory.optimizer // gpus,
+    )

@@ -1,0 +1,111 @@
+"""What `lattice plan` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from lattice.console import console, say, table
+from lattice.hardware import GPUS
+from lattice.ledger import ledger
+from lattice.plan import CHECKPOINTING, Setting, Target, cheapest, plan
+from lattice.recipe import Recipe
+from lattice.registry import UnknownName, nearest
+
+
+def run_plan(
+    recipe: Recipe, thoughts: Sequence[int], *, gpu: str, gpus: int, utilization: float, out: Path | None
+) -> list[Setting]:
+    """Shows and returns every setting, writes them to `out` as jsonl if given."""
+    if gpu not in GPUS:
+        raise UnknownName(f"gpu '{gpu}' is not known{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}")
+    target = Target(gpu=GPUS[gpu], gpus=gpus, utilization=utilization)
+    thoughts = list(dict.fromkeys(thoughts))
+    settings = list(
+        track(
+            plan(recipe, thoughts, target),
+            "computing steps on fake tensors",
+            total=len(thoughts) * len(CHECKPOINTING),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+    )
+    _show(recipe, settings, target, gpu)
+    if out is not None:
+        lines = [json.dumps({"gpu": gpu, "gpus": gpus, **dataclasses.asdict(one)}) for one in settings]
+        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        say(f"wrote {out}")
+    return settings
+
+
+def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str) -> None:
+    run, costs = recipe.run, ledger(recipe)
+    say(
+        f"{costs.parameters:,} parameters, {costs.layer_parameters:,} of them in layers; "
+        f"{run.steps * run.batch_tokens:,} tokens in sequences of {run.sequence_tokens}"
+    )
+    say(
+        f"{target.gpus} x {gpu}, {settings[0].micro_batch} sequences a rank at once, "
+        f"{target.utilization:.0%} of {target.gpu.peak / 1e12:,.0f} TFLOP/s assumed"
+        + ("" if target.gpus == 1 else "; weights sharded, gathered once a step")
+    )
+    first = {one.thoughts: one for one in settings}
+    table(
+        "a token, by thoughts K",
+        ["K", "passes", "train MFLOP", "decoding MFLOP", "cache KiB"],
+        [
+            [
+                str(count),
+                f"{one.costs.training_token_passes:,.1f}",
+                f"{one.costs.training_operations / 1e6:,.0f}",
+                f"{one.costs.inference_operations / 1e6:,.0f}",
+                f"{one.costs.cache_bytes() / 2**10:,.0f}",
+            ]
+            for count, one in first.items()
+        ],
+    )
+    parts = {
+        "weights": "parameters",
+        "grads": "gradients",
+        "optim.": "optimizer",
+        "activ.": "activations",
+        "logits": "logits",
+    }
+    table(
+        "memory of a rank at its peak, GiB",
+        ["K", "checkpointing", *parts, "total", "fits"],
+        [
+            [
+                str(one.thoughts),
+                one.checkpointing,
+                *[f"{getattr(one.memory, part) / 2**30:,.1f}" for part in parts.values()],
+                f"{one.memory.total / 2**30:,.1f}",
+                "yes" if one.fits else "no",
+            ]
+            for one in settings
+        ],
+    )
+    best = [cheapest([one for one in settings if one.thoughts == count]) for count in first]
+    table(
+        "the cheapest setting that fits",
+        ["K", "checkpointing", "tokens/s", "days", "GPU-hours"],
+        [
+            [str(count), "none fits", "", "", ""]
+            if one is None
+            else [
+                str(count),
+                one.checkpointing,
+                f"{one.tokens_per_second:,.0f}",
+                f"{one.days:,.1f}",
+                f"{one.gpu_hours:,.0f}",
+            ]
+            for count, one in zip(first, best, strict=True)
+        ],
+    )
+    if None in best:
+        say("where none fits: lower run.micro_batch with --set, or take more or larger GPUs")

@@ -1,0 +1,151 @@
+"""Predicted memory against that of real tensors; plans against arithmetic by hand."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import lattice
+from lattice.cli import main
+from lattice.hardware import GPU
+from lattice.ledger import ledger
+from lattice.memory import step_memory, traced_step
+from lattice.plan import CHECKPOINTING, Target, cheapest, plan, rows_of
+
+BACKBONES = {
+    "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 4},
+    "llama": {"kind": "llama", "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+RECURRENCES = {
+    "none": {"kind": "none"},
+    "pause": {"kind": "pause", "pauses": 2},
+    "loop": {"kind": "loop", "loops": 2},
+    "ponder": {"kind": "ponder", "steps": 2},
+    "depth": {"kind": "depth", "repetitions": {"train": [1, 3]}, "grad_passes": 2},
+    "thoughts": {"kind": "latent_thoughts", "thoughts": 2, "jacobi": {"train": [1, 3]}},
+    "softmax": {"kind": "latent_thoughts", "thoughts": 1, "feedback": "softmax", "top_k": 3},
+    "sweeps": {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
+}
+
+
+def recipe_of(backbone="gpt_neox", recurrence="thoughts", **tables):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 96}
+    return lattice.load_recipe(
+        {
+            "backbone": {**BACKBONES[backbone], **sizes, "max_position_embeddings": 64},
+            "recurrence": RECURRENCES[recurrence],
+            "run": {"batch_tokens": 256, "sequence_tokens": 32, "steps": 10, "device": "cpu"},
+            **tables,
+        }
+    )
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+@pytest.mark.parametrize("recurrence", list(RECURRENCES))
+@pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predicted_memory(backbone, recurrence, checkpointing, precision):
+    """Of a step on fake tensors, and of the same on real ones."""
+    tables = {"activation_checkpoint": CHECKPOINTING[checkpointing], "precision": {"kind": precision}}
+    recipe = recipe_of(backbone, recurrence, **tables, loss={"kind": "cross_entropy", "chunk_tokens": 64})
+    predicted = step_memory(recipe, rows=4, length=32)
+    model = lattice.build_model(recipe)
+    optimizer = recipe.component("optimizer").build(model)
+    ids = torch.randint(95, (4, 32), generator=torch.Generator().manual_seed(0))
+    live = traced_step(model, ids, recipe.component("precision"))
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    moments = sum(value.nbytes for value in states if value.dim())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    measured = max(live.peak, 2 * weights) + moments
+    assert predicted.total == pytest.approx(measured, rel=0.02)
+    assert predicted.parameters == weights
+    assert predicted.optimizer == moments == 2 * weights
+    assert predicted.gradients <= weights
+
+
+def test_what_is_recomputed_saves_memory():
+    """In the order of the method: everything kept, products alone, inputs of layers, inputs of passes."""
+    recipe = recipe_of(run={"batch_tokens": 256, "sequence_tokens": 64})
+    sizes = {
+        name: step_memory(
+            lattice.load_recipe({**recipe.table(), "activation_checkpoint": table}), rows=16, length=64
+        ).activations
+        for name, table in CHECKPOINTING.items()
+    }
+    assert sizes["none"] > sizes["selective"] > sizes["block"] > sizes["pass, blocks"]
+    assert sizes["selective"] > sizes["pass"] > sizes["pass, blocks"]
+
+
+def test_plan_by_hand():
+    target = Target(gpu=GPU(10 * 2**20, 1e12, "toy"), gpus=2, utilization=0.5, reserve=0.0)
+    recipe = recipe_of()
+    settings = list(plan(recipe, [0, 1], target))
+    asked = [(count, kind) for count in (0, 1) for kind in CHECKPOINTING]
+    assert [(one.thoughts, one.checkpointing) for one in settings] == asked
+    for one in settings:
+        costs, again = one.costs, {"none": 0, "selective": 0, "pass, blocks": 2}.get(one.checkpointing, 1)
+        head = 2 * 64 * 96
+        forward = (costs.training_operations - 3 * head) / 3
+        assert costs.repeated_operations == pytest.approx(again * forward)
+        done = costs.training_operations + again * forward
+        assert one.tokens_per_second == pytest.approx(2 * 0.5e12 / done)
+        assert one.gpu_hours == pytest.approx(2 * 2560 / one.tokens_per_second / 3600)
+        assert one.days == pytest.approx(one.gpu_hours / 48)
+        assert one.fits == (one.memory.total <= 10 * 2**20)
+        assert one.micro_batch == 4
+        weights = 4 * costs.parameters
+        assert one.memory.parameters == weights + weights // 2
+        assert one.memory.optimizer == weights
+    fitting = [one for one in settings if one.thoughts == 1 and one.fits]
+    assert 0 < len(fitting) < len(CHECKPOINTING)  # otherwise the choice is none
+    best = cheapest([one for one in settings if one.thoughts == 1])
+    assert best.gpu_hours == min(one.gpu_hours for one in fitting)
+    assert cheapest([one for one in settings if not one.fits]) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "gpus", "message"),
+    [
+        ({"batch_tokens": 96}, 2, "run.batch_tokens = 96: its 3 sequences must divide by 2 GPUs"),
+        ({"batch_tokens": 256, "micro_batch": 8}, 2, "run.micro_batch = 8: must divide the 4 sequences"),
+    ],
+)
+def test_batches_that_cannot_be_divided(run, gpus, message):
+    recipe = recipe_of(run={"sequence_tokens": 32, **run})
+    with pytest.raises(lattice.RecipeError, match=re.escape(message)):
+        rows_of(recipe, gpus)
+
+
+def test_command(tmp_path, capsys):
+    path, out = tmp_path / "mine.toml", tmp_path / "plan.jsonl"
+    path.write_text(recipe_of().to_toml())
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(path), "--thoughts", "0", "1", "--gpus", "4", "--mfu", "0.3", "--out", str(out)])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "4 x h100-80gb, 2 sequences a rank at once, 30% of 989 TFLOP/s assumed" in shown
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["thoughts"] for row in rows] == [0] * 5 + [1] * 5
+    assert all(row["fits"] for row in rows)
+    assert rows[0]["costs"]["parameters"] == ledger(recipe_of()).parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h100"], "gpu 'h100' is not known"),
+        (["--gpus", "0"], "gpus = 0: must be at least 1"),
+        (["--gpus", "3"], "must divide by 3 GPUs"),
+        (["--mfu", "1.5"], "mfu = 1.5: must be greater than 0 and at most 1"),
+        (["--thoughts", "-2"], "thoughts = -2: must be at least 0"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, arguments, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe_of().to_toml())
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(path), *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
