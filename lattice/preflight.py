@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lattice.assemble import build_model, choose_device
+from lattice.console import say
 from lattice.hf import init_from
-from lattice.protocols import Backbone, Checkpoint, Data, Recurrence, Tokenizer
+from lattice.memory import step_memory
+from lattice.protocols import Backbone, Checkpoint, Data, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 
 
@@ -18,7 +22,8 @@ def check(recipe: Recipe, folder: Path | None = None) -> None:
     `folder` if given: a run that goes on needs no weights to start from."""
     tokenizer: Tokenizer = recipe.component("tokenizer")
     data: Data = recipe.component("data")
-    problems = [*_shapes(recipe), *data.problems(tokenizer.spec), *_memory(recipe)]
+    shapes = _shapes(recipe)
+    problems = [*shapes, *data.problems(tokenizer.spec), *([] if shapes else _memory(recipe))]
     if not _goes_on(recipe, folder):
         problems += init_from.problems(recipe)
     if problems:
@@ -42,36 +47,34 @@ def _shapes(recipe: Recipe) -> list[str]:
     ]
 
 
-def least_memory(recipe: Recipe) -> dict[str, int]:
-    """Bytes that training needs whatever is recomputed, by part: a lower bound.
-
-    Weights, gradients and two moments in float32, and in the largest pass one float32 hidden state for each
-    slot and layer.
-    """
-    backbone: Backbone = recipe.component("backbone")
-    recurrence: Recurrence = recipe.component("recurrence")
-    run, shape = recipe.run, backbone.shape
-    parameters = sum(p.numel() for p in build_model(recipe, device="meta").parameters())
-    slots = (run.micro_batch or run.sequences) * run.sequence_tokens * recurrence.slots
-    return {
-        "weights, gradients and optimizer state": 16 * parameters,
-        "activations": 4 * slots * shape.num_layers * shape.hidden_size,
-    }
-
-
 def _memory(recipe: Recipe) -> list[str]:
     device = choose_device(recipe.run.device)
     if device.type == "cuda":
         present, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     else:
         present, where = psutil.virtual_memory().available, "this machine"
-    parts = least_memory(recipe)
+    parts = _predicted(recipe, present)
     needed = sum(parts.values())
     if needed <= present:
         return []
     detail = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     return [
         f"too little memory: needs at least {needed / 2**30:.1f} GiB ({detail}), {where} has "
-        f"{present / 2**30:.1f} GiB free. Lower run.micro_batch or the backbone's sizes with --set, or use a "
-        "larger machine"
+        f"{present / 2**30:.1f} GiB free. Lower run.micro_batch or the backbone's sizes with --set, choose "
+        "another activation_checkpoint.kind (lattice plan compares them), or use a larger machine"
     ]
+
+
+def _predicted(recipe: Recipe, present: int) -> dict[str, int]:
+    """Bytes by part: of weights, gradients and two moments if these are too much already, else of a step."""
+    parameters = sum(p.numel() for p in build_model(recipe, device="meta").parameters())
+    state = {"weights, gradients and optimizer state": 16 * parameters}
+    if 16 * parameters > present:
+        return state
+    run = recipe.run
+    try:
+        memory = step_memory(recipe, rows=run.micro_batch or run.sequences, length=run.sequence_tokens)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        say(f"memory is not predicted: what the recurrence computes depends on values ({error})")
+        return state
+    return {part: size for part, size in asdict(memory).items() if size}

@@ -2,12 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 import lattice
+from lattice import preflight
 from lattice.cli import main
+from lattice.components.recurrence.latent_thoughts import Thinking
 from lattice.hardware import GPU
 from lattice.ledger import ledger
 from lattice.memory import step_memory, traced_step
@@ -149,3 +153,32 @@ def test_bad_input(tmp_path, capsys, arguments, message):
         main(["plan", str(path), *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ── before a run ──────────────────────────────────────────────────────────────────────────────────
+def test_a_run_that_does_not_fit_is_refused(monkeypatch):
+    """As soon as its predicted peak is more than there is, with the parts named."""
+    recipe = recipe_of(data={"kind": "embedded"}, tokenizer={"kind": "bytes"})
+    recipe = lattice.load_recipe(recipe, ["backbone.vocab_size=257"])
+    needed = step_memory(recipe, rows=8, length=32).total
+    for present, refused in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda present=present: SimpleNamespace(available=present)
+        )
+        if not refused:
+            preflight.check(recipe)
+            continue
+        with pytest.raises(lattice.RecipeError, match=r"too little memory: .*activations .*lattice plan"):
+            preflight.check(recipe)
+
+
+def test_a_recurrence_whose_cost_depends_on_values_is_not_predicted(monkeypatch, capsys):
+    recipe = recipe_of(data={"kind": "embedded"}, tokenizer={"kind": "bytes"})
+    recipe = lattice.load_recipe(recipe, ["backbone.vocab_size=257"])
+
+    def looks(self, stack, ids_BL, *, draw=None, cache=None):
+        return bool(stack.embed(ids_BL).sum() > 0)
+
+    monkeypatch.setattr(Thinking, "__call__", looks)
+    preflight.check(recipe)
+    assert "memory is not predicted" in capsys.readouterr().out
