@@ -12,9 +12,8 @@ Every case is a line of gpu_PART.jsonl in --out, with hardware, versions, and th
 others go on. The exit status is 1 if a case of parity failed. `--device cpu --sizes tiny` tries the script
 out; its times say nothing.
 
-MFU counts 6 operations a layer weight for each slot that goes through the layers (Recurrence.token_passes),
-6 a head weight for each token, and causal attention over the slots; nothing for what is computed again. It
-is a share of the dense bfloat16 peak, in float8 too.
+MFU counts the operations of the ledger (lattice/ledger.py), none that are computed again. It is a share of
+the dense bfloat16 peak, in float8 too.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = options.device.type == "cuda" and torch.cuda.is_available()
     if options.device.type == "cuda" and not on_gpu:
         parser.error("--device cuda: there is none here; try the script with --device cpu --sizes tiny")
-    options.device_name = torch.cuda.get_device_name(options.device) if on_gpu else None
     return options
 
 

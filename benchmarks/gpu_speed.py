@@ -18,11 +18,10 @@ from torch import Tensor
 import lattice
 from lattice.console import say
 from lattice.draws import Draw
-from lattice.protocols import Backbone, Precision, Recurrence
+from lattice.hardware import peak_of
+from lattice.ledger import ledger
+from lattice.protocols import Precision
 from lattice.run_folder import peak_memory_mib
-
-PEAK = {"H100": 989e12, "H200": 989e12}
-"""Operations a second in bfloat16, dense, SXM (NVIDIA's data sheets), by a part of the device's name."""
 
 
 def measure(
@@ -44,14 +43,14 @@ def measure(
     tokens = micro_batch * length
     rates = sorted(tokens / one for one in seconds)
     low, median, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
-    peak = next((value for name, value in PEAK.items() if name in str(options.device_name)), None)
+    peak, operations = peak_of(device), ledger(recipe, length=length).training_operations
     return {
         "micro_batch": micro_batch,
         "tokens_per_second": round(median, 1),
         "quartiles": [round(low, 1), round(high, 1)],
         "repetitions": len(rates),
         "peak_mib": round(peak_memory_mib(device)),
-        "mfu": None if peak is None else round(median * operations(recipe, length) / peak, 4),
+        "mfu": None if peak is None else round(median * operations / peak, 4),
     }
 
 
@@ -79,20 +78,6 @@ def training_step(
         optimizer.zero_grad()
 
     return step
-
-
-def operations(recipe: lattice.Recipe, length: int) -> float:
-    """Floating point operations a token of forward and backward; see benchmarks/gpu.py."""
-    backbone: Backbone = recipe.component("backbone")
-    recurrence: Recurrence = recipe.component("recurrence")
-    shape = backbone.shape
-    with torch.device("meta"):
-        decoder = backbone.build()
-    weights = sum(parameter.numel() for parameter in decoder.blocks.parameters())
-    # Causal: a slot sees half of the slots, with two products of 2 D operations each, thrice with backward.
-    attended = 6 * shape.num_layers * shape.hidden_size * length * recurrence.slots
-    head = 6 * shape.hidden_size * shape.vocab_size
-    return recurrence.token_passes(shape, training=True) * (6 * weights + attended) + head
 
 
 def thoughts(options: argparse.Namespace, report: Report) -> None:

@@ -78,17 +78,6 @@ def test_a_batch_that_does_not_fit_is_halved(script, monkeypatch):
         speed.fitted(case, options)
 
 
-def test_operations_of_a_token(script):
-    """By hand, for two layers of width 128: a thought takes 1 + 4 · 2 passes, over twice as many slots."""
-    speed, cases = importlib.import_module("gpu_speed"), importlib.import_module("gpu_cases")
-    weights = 2 * (4 * 128 * 128 + 4 * 128 + 2 * 128 * 256 + 128 + 256 + 4 * 128)
-    head = 6 * 128 * 128
-    for thoughts, passes, slots in ((0, 1, 1), (1, 9, 2)):
-        recipe = cases.recipe_of("tiny", thoughts, device=torch.device("cpu"))
-        attention = 6 * 2 * 128 * 32 * slots
-        assert speed.operations(recipe, 32) == passes * (6 * weights + attention) + head
-
-
 def test_without_a_gpu(script, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

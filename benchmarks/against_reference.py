@@ -1,0 +1,172 @@
+"""A training step of lattice beside one of the method's reference implementation, in turn on one machine.
+
+    python benchmarks/against_reference.py --reference FOLDER --python PYTHON [--thoughts 0 1 2 3]
+
+FOLDER is a checkout of LUMIA-Group/PonderLM-2, PYTHON the interpreter of an environment with its transformers
+(4.46) and the same torch; nothing of either is part of lattice. Both train Pythia-70m's shape with AdamW on
+batch x length tokens, three Jacobi refinements in every step, the same mathematics (tests/parity). Each is a
+process of its own that waits while another one works, so that all see the same machine.
+
+Prints medians and ratios with their quartiles, and the peak of each process above what it held before its
+model was built; appends a line for each arm to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lattice import hardware
+from lattice.console import say, table
+
+HERE = Path(__file__).parent
+ARMS: dict[str, list[str]] = {
+    "jacobi": [],
+    "jacobi, pass": ["activation_checkpoint.kind=pass"],
+    "sweeps": ["recurrence.solver=gauss_seidel", "recurrence.gauss_seidel.train=[2, 2]"],
+}
+"""Of lattice, as overrides. Two sweeps are nearer to the definition than three Jacobi refinements (K = 3:
+1.0e-3 against 3.9e-3; docs/recurrences.md)."""
+
+
+class Worker:
+    """One arm, in a process that takes a step when it is told to."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def step(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ended with exit code {self._process.wait()}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+
+def measured(workers: dict[str, Worker], warm_up: int, repetitions: int) -> dict[str, list[dict[str, float]]]:
+    """Steps of all workers in turn, every other round in the opposite order."""
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for number in range(warm_up + repetitions):
+        names = list(workers)
+        for name in names if number % 2 == 0 else reversed(names):
+            one = workers[name].step()
+            if number >= warm_up:
+                steps[name].append(one)
+    return steps
+
+
+def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[dict[str, Any]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    common = [str(thoughts), precision, str(options.batch), str(options.length)]
+    reference = [options.python, str(HERE / "reference_worker.py"), str(options.reference), *common]
+    workers = {"reference": Worker(reference, environment)}
+    arms = list(ARMS) if thoughts else ["jacobi"]
+    for name in arms:
+        ours = [sys.executable, str(HERE / "lattice_worker.py"), *common, *ARMS[name]]
+        workers[name] = Worker(ours, environment)
+    try:
+        steps = measured(workers, options.warm_up, options.repetitions)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    rows = []
+    for name, taken in steps.items():
+        pairs = zip(steps["reference"], taken, strict=True)
+        ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]
+        rows.append(
+            {
+                "benchmark": "against_reference",
+                "arm": name,
+                "thoughts": thoughts,
+                "precision": precision,
+                "batch": options.batch,
+                "length": options.length,
+                "threads": options.threads,
+                "repetitions": options.repetitions,
+                "seconds": statistics.median(one["seconds"] for one in taken),
+                "speedup": quartiles(ratios),
+                "peak_mib": max(one["peak_mib"] for one in taken),
+                "hardware": options.hardware,
+                "torch": options.torch,
+            }
+        )
+    return rows
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    columns = ["K", "precision", "arm", "seconds", "times faster (quartiles)", "peak MiB"]
+    cells = []
+    for row in rows:
+        low, median, high = row["speedup"]
+        cells.append(
+            [
+                str(row["thoughts"]),
+                row["precision"],
+                row["arm"],
+                f"{row['seconds']:.2f}",
+                f"{median:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['peak_mib']:,.0f}",
+            ]
+        )
+    table("a training step", columns, cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference", type=Path, required=True)
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--thoughts", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "against_reference.jsonl")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    options.hardware, options.torch = hardware.describe(torch.device("cpu")), torch.__version__
+    rows: list[dict[str, Any]] = []
+    for precision in options.precisions:
+        for thoughts in options.thoughts:
+            new = compare(options, thoughts, precision)
+            rows += new
+            with options.out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+            for row in new:
+                shown = f"{row['seconds']:.2f} s, {row['peak_mib']:,.0f} MiB"
+                say(f"K={thoughts} {precision} {row['arm']}: {shown}")
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
