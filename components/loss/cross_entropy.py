@@ -60,16 +60,19 @@ class _WithGradients(torch.autograd.Function):
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND)
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        gradients: list[Tensor] = []
         for chunk in _chunks(len(targets_N), size):
             hidden_CD = hidden_ND[chunk].detach().requires_grad_()
             with torch.enable_grad():
                 loss = _chunk_loss(head, hidden_CD, targets_N[chunk])
+            total += loss.detach()
             grad_ND[chunk], *of_chunk = torch.autograd.grad(loss, [hidden_CD, *parameters])
+            if not gradients:
+                gradients = of_chunk
+                continue
             for gradient, more in zip(gradients, of_chunk, strict=True):
                 gradient += more
-            total += loss.detach()
-        ctx.gradients = [grad_ND, *gradients]
+        ctx.gradients = [grad_ND, *(gradients or [torch.zeros_like(parameter) for parameter in parameters])]
         return total
 
     @staticmethod
