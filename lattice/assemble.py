@@ -21,6 +21,7 @@ from lattice.protocols import (
     Checkpoint,
     Checkpointer,
     Codec,
+    Compile,
     Data,
     DataRequest,
     EvaluationSubject,
@@ -157,6 +158,8 @@ def training_graph(recipe: Recipe, folder: Path) -> TrainingGraph:
 
         initialize(model, recipe)
     precision.apply(model)
+    compile_: Compile = recipe.component("compile")
+    compile_.apply(model)
     parallel.apply(model, device)
     return TrainingGraph(
         recipe=recipe,

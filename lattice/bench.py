@@ -123,6 +123,7 @@ class Workload:
         torch.manual_seed(self.case.recipe.run.seed)
         self.model = build_model(self.case.recipe)
         self.precision.apply(self.model)
+        self.case.recipe.component("compile").apply(self.model)
         self.model.to(self.device)
         vocabulary = self.model.shape.vocab_size
         reserved = self.model.recurrence.reserved_ids(self.model.shape)

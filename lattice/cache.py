@@ -8,7 +8,8 @@ Shapes: B batch, H key/value heads, S slots, E head size.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from torch import Tensor
 from lattice.slots import Slots
 
 Pair = tuple[Tensor, Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(call: F) -> F:
+    """Left out of the graphs of a compiled layer: what a cache holds changes from call to call."""
+    return cast("F", torch.compiler.disable(call))  # type: ignore[no-untyped-call]
 
 
 class LayerCache(Protocol):
@@ -174,6 +181,7 @@ class _BufferAt(NamedTuple):
     start: int
     held_B: Tensor | None
 
+    @_eager
     def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
         return self.buffer.write(self.start, self.held_B, keys_BHSE, values_BHSE)
 
@@ -213,6 +221,7 @@ class _PiecesAt:
         self._layer, self._start, self._held_B = layer, start, held_B
         self._found = layer.pieces
 
+    @_eager
     def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
         if self._held_B is not None and (old := self._found.get(self._start)) is not None:
             keys_BHSE = _keep(self._held_B, old[0], keys_BHSE)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lattice.cache import KVCache
     from lattice.decoder import Decoder
     from lattice.draws import Draw
+    from lattice.model import LanguageModel
     from lattice.slots import Side
     from lattice.stack import Stack
 
@@ -206,6 +207,14 @@ class ActivationCheckpoint(Protocol):
     @abstractmethod
     def whole_pass(self, call: Callable[..., T]) -> Callable[..., T]:
         """Wraps one pass through a run of layers."""
+
+
+class Compile(Protocol):
+    """What torch.compile makes graphs of, while training."""
+
+    @abstractmethod
+    def apply(self, model: LanguageModel) -> None:
+        """Compiles in place, when it is first called."""
 
 
 class Loss(Protocol):
@@ -437,6 +446,7 @@ ROLES: dict[str, Role] = {
     "loss": Role(protocol=Loss),
     "precision": Role(protocol=Precision),
     "activation_checkpoint": Role(protocol=ActivationCheckpoint),
+    "compile": Role(protocol=Compile),
     "parallel": Role(protocol=Parallel),
     "optimizer": Role(protocol=Optimizer),
     "schedule": Role(protocol=Schedule),

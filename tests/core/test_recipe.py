@@ -227,8 +227,8 @@ def test_overrides_cannot_descend_into_a_value(write):
 def test_errors_in_overrides_name_them(problems):
     assert problems("", ["run.steps=abc", "optimizer.lr=-1", "optimiser.lr=1"]) == [
         "--set: unknown table 'optimiser'; did you mean 'optimizer'? Known: run, backbone, recurrence, mask, "
-        "loss, precision, activation_checkpoint, parallel, optimizer, schedule, tokenizer, data, checkpoint, "
-        "metrics, evaluators",
+        "loss, precision, activation_checkpoint, compile, parallel, optimizer, schedule, tokenizer, data, "
+        "checkpoint, metrics, evaluators",
         '--set: run.steps = "abc": input should be a valid integer',
         "--set: optimizer.lr = -1: must be greater than 0",
     ]

@@ -1,0 +1,1 @@
+"""Kinds of the role `compile`, one a file; see lattice.protocols."""

@@ -1,0 +1,86 @@
+"""Compiled layers: the same numbers, and no new graph whatever count is drawn."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import lattice
+from lattice.draws import Draw
+
+TINY = {
+    "kind": "gpt_neox",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+}
+RECURRENCES = {
+    "none": {"kind": "none"},
+    "jacobi": {"kind": "latent_thoughts", "thoughts": 2, "jacobi": {"train": [1, 4]}},
+    "sweeps": {
+        "kind": "latent_thoughts",
+        "thoughts": 2,
+        "solver": "gauss_seidel",
+        "gauss_seidel": {"train": [1, 3]},
+    },
+    "depth": {"kind": "depth", "repetitions": {"train": [1, 4]}, "grad_passes": 2},
+}
+
+
+def recipe_of(recurrence, checkpointing="none"):
+    # The backend builds the graphs of forward and backward, and runs them without generating code.
+    compiled = {"kind": "block", "backend": "aot_eager"}
+    return lattice.load_recipe(
+        {
+            "backbone": TINY,
+            "recurrence": RECURRENCES[recurrence],
+            "activation_checkpoint": {"kind": checkpointing},
+            "compile": compiled,
+        }
+    )
+
+
+def gradients(model, ids, step):
+    model.zero_grad()
+    loss = model(ids, targets=ids, draw=Draw(0, step)).loss
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "pass"])
+@pytest.mark.parametrize("recurrence", list(RECURRENCES))
+def test_compiled_layers(recurrence, checkpointing):
+    torch.compiler.reset()
+    counters.clear()
+    recipe = recipe_of(recurrence, checkpointing)
+    eager, compiled = lattice.build_model(recipe), lattice.build_model(recipe)
+    recipe.component("compile").apply(compiled)
+    ids, graphs = torch.randint(49, (2, 8), generator=torch.Generator().manual_seed(0)), []
+    for step in range(12):
+        loss, mine = gradients(compiled, ids, step)
+        expected, theirs = gradients(eager, ids, step)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(mine, theirs)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[5] > 0  # by then every count was drawn, and there is none for each
+    torch.testing.assert_close(compiled.eval()(ids).logits, eager.eval()(ids).logits)
+    assert torch.equal(lattice.generate(compiled, ids, 3), lattice.generate(eager, ids, 3))
+    torch.compiler.reset()
+
+
+def test_names_are_unchanged():
+    """A checkpoint of a compiled model is one of any other."""
+    recipe = recipe_of("jacobi")
+    model = lattice.build_model(recipe)
+    names = list(model.state_dict())
+    recipe.component("compile").apply(model)
+    assert list(model.state_dict()) == names
+
+
+def test_an_unknown_backend():
+    with pytest.raises(
+        lattice.RecipeError, match=r"compile\.backend = 'induktor': must be one of .*inductor"
+    ):
+        lattice.load_recipe({"compile": {"kind": "block", "backend": "induktor"}})
