@@ -80,7 +80,6 @@ def test_names_are_unchanged():
 
 
 def test_an_unknown_backend():
-    with pytest.raises(
-        lattice.RecipeError, match=r"compile\.backend = 'induktor': must be one of .*inductor"
-    ):
+    message = r'compile\.backend = "induktor": must be one of .*inductor'
+    with pytest.raises(lattice.RecipeError, match=message):
         lattice.load_recipe({"compile": {"kind": "block", "backend": "induktor"}})
