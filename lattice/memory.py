@@ -113,11 +113,13 @@ def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
     """Predicted for a step on `rows` sequences of `length` tokens, with the most iterations that it may draw,
     by computing it on fake tensors; one micro-batch, after the optimizer's first step."""
     optimizer: Optimizer = recipe.component("optimizer")
+    given: Precision = recipe.component("precision")
+    precision = given.as_in_memory
     with FakeTensorMode(), torch.device("cpu"):
         model = undrawn_model(recipe)
-        recipe.component("precision").apply(model)
+        precision.apply(model)
         ids_BL = torch.zeros(rows, length, dtype=torch.int64)
-        live = traced_step(model, ids_BL, recipe.component("precision"))
+        live = traced_step(model, ids_BL, precision)
         updated = optimizer.build(model)
         updated.step()
         states = (value for state in updated.state.values() for value in state.values())

@@ -191,6 +191,12 @@ class Precision(Protocol):
     @abstractmethod
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
 
+    @property
+    def as_in_memory(self) -> Precision:
+        """A precision that keeps as much for the backward pass and runs on every device: what memory is
+        predicted with."""
+        return self
+
 
 class ActivationCheckpoint(Protocol):
     """What is kept of the forward pass and what is computed again in the backward pass."""

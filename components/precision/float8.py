@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lattice.components.precision.formats import BFloat16
 from lattice.console import say
 from lattice.model import LanguageModel
 from lattice.protocols import Precision
@@ -84,6 +85,11 @@ class Float8(Precision):
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         self._check(device)
         return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    @property
+    def as_in_memory(self) -> Precision:
+        # Inputs are kept in bfloat16 and cast again in the backward pass (torchao, issue 2262).
+        return BFloat16()
 
     def _check(self, device: torch.device) -> None:
         if self.emulate:

@@ -69,6 +69,12 @@ def test_predicted_memory(backbone, recurrence, checkpointing, precision):
     assert predicted.gradients <= weights
 
 
+def test_float8_is_predicted_without_its_hardware():
+    kinds = ({"kind": "bf16"}, {"kind": "float8"})
+    bf16, float8 = (step_memory(recipe_of(precision=kind), rows=4, length=32) for kind in kinds)
+    assert float8 == bf16
+
+
 def test_what_is_recomputed_saves_memory():
     """In the order of the method: everything kept, products alone, inputs of layers, inputs of passes."""
     recipe = recipe_of(run={"batch_tokens": 256, "sequence_tokens": 64})
