@@ -137,6 +137,7 @@ def test_command(tmp_path, capsys):
     assert rows[2]["ledger"]["training_token_passes"] == 3 * (3 + 1)  # sweeps
     assert rows[3]["ledger"]["evaluation_token_passes"] == 1 + 2 * 8
     assert (rows[3]["batch"], rows[3]["length"]) == (3, 5)
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
