@@ -29,7 +29,7 @@ def show_summary(summary: dict[str, Any], folder: Path) -> None:
     rows = [
         [name.replace("_", " "), _number(value)]
         for name, value in summary.items()
-        if not isinstance(value, str)
+        if isinstance(value, int | float)
     ]
     table(f"{folder}", ["", "value"], rows)
     for name, text in summary.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lattice import atomic, preflight, run_folder, state
+from lattice import atomic, hardware, preflight, run_folder, state
 from lattice.assemble import TrainingGraph, training_graph
 from lattice.console import Training, say
 from lattice.draws import Draw
@@ -218,6 +218,10 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "peak_memory_mib": run_folder.peak_memory_mib(graph.device),
             "parameters": sum(parameter.numel() for parameter in graph.model.parameters()),
+            "provenance": {
+                "hardware": hardware.describe(graph.device),
+                "fingerprints": graph.source.fingerprints,
+            },
         }
         for name, values in self.results.items():
             summary |= {f"{name}_{key}": value for key, value in values.items()}

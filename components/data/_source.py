@@ -100,7 +100,11 @@ class PackedSource(Source):
         self._validation = validation
         self._workers = workers
         self._sequences = Sequences(train, request)
-        self._fingerprint = train.fingerprint()
+        self.fingerprints = {
+            "training": train.fingerprint(),
+            "validation": validation.fingerprint(),
+            "tokenizer": request.codec.fingerprint,
+        }
         self.validation_bytes_per_token = bytes_per_token
         if self._sequences.count < request.batch:
             raise ValueError(
@@ -157,8 +161,8 @@ class PackedSource(Source):
             "sequence_tokens": request.sequence_tokens,
             "batch": request.batch,
             "seed": request.seed,
-            "data": self._fingerprint,
-            "tokenizer": request.codec.fingerprint,
+            "data": self.fingerprints["training"],
+            "tokenizer": self.fingerprints["tokenizer"],
         }
 
     def _validation_batch(self, windows: range, among: int, targets: int) -> Batch:
