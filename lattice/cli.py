@@ -245,6 +245,96 @@ def plan(
 
 
 @app.command
+def sweep(study: Path, *, out: Path | None = None, jobs: int = 1, set_: Set = None) -> None:
+    """Train every arm of a study with every seed, then compare them.
+
+    The same command goes on with a sweep that was interrupted.
+
+    Parameters
+    ----------
+    study
+        A TOML file that names a base recipe, seeds, and arms that differ from it by a few keys.
+    out
+        Directory of the runs; runs/ and the study's name if not given.
+    jobs
+        Runs side by side; the machine's threads are shared among them.
+    set_
+        Overrides of all arms, table.key=value.
+    """
+    from lattice.compare import find_runs
+    from lattice.compare_report import report
+    from lattice.study import read_study
+    from lattice.sweep import show_failures
+    from lattice.sweep import sweep as sweep_
+
+    plan_ = read_study(study, set_ or [])
+    folder = out or Path("runs") / study.stem
+    outcome = sweep_(plan_, folder, at_once=jobs)
+    if outcome.stopped:
+        sys.exit(130)
+    if outcome.folders:
+        notes = {arm.name: arm.matched for arm in plan_.arms if arm.matched}
+        runs, _ = find_runs(outcome.folders, trust_imports=True)
+        report(runs, folder, title=study.stem, notes=notes)
+    if outcome.failed:
+        show_failures(outcome)
+        sys.exit(1)
+
+
+@app.command
+def compare(
+    *runs: Path, evaluator: str | None = None, out: Path | None = None, trust_imports: bool = False
+) -> None:
+    """Compare finished runs: loss over the seeds, parameters, FLOPs, speed and memory.
+
+    Parameters
+    ----------
+    runs
+        Runs, or directories that hold runs.
+    evaluator
+        Whose loss the pictures show; the first that all runs have if not given.
+    out
+        Directory for comparison.json, the pictures and report.html.
+    trust_imports
+        Import the user code that the runs' recipes name.
+    """
+    from lattice.compare import find_runs
+    from lattice.compare_report import report
+    from lattice.console import say
+
+    found, unfinished = find_runs(runs, trust_imports=trust_imports)
+    for folder in unfinished:
+        say(f"'{folder}' is not finished and left out")
+    report(found, out, evaluator=evaluator)
+
+
+@app.command
+def plot(
+    *runs: Path,
+    metrics: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    out: Path = Path("curves.png"),
+) -> None:
+    """Draw metrics of runs, finished or not, against training tokens.
+
+    Parameters
+    ----------
+    runs
+        Runs, or directories that hold runs.
+    metrics
+        Keys of metrics.jsonl; the losses if not given.
+    out
+        The PNG to write.
+    """
+    from lattice import atomic
+    from lattice.compare import run_folders
+    from lattice.console import say
+    from lattice.pictures import curves
+
+    atomic.write_file(out, curves(run_folders(runs), metrics))
+    say(f"wrote {out}")
+
+
+@app.command
 def generate(
     run: Path,
     *,

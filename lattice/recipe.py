@@ -81,16 +81,17 @@ def load_recipe(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     overrides: Iterable[str] = (),
     *,
+    over: Source | None = None,
     allow_imports: bool = True,
 ) -> Recipe:
     """Reads and checks a recipe.
 
-    `recipe` is a TOML file, a nested dict of the same form, or a Recipe, which is passed on; `overrides` are
-    `a.b=value` with TOML values (a bare word is a string). Raises RecipeError with all problems at once;
-    FileNotFoundError where the file does not exist.
+    `recipe` is a TOML file, a nested dict of the same form, or a Recipe, which is passed on; `over` is one
+    more layer over it; `overrides` are `a.b=value` with TOML values (a bare word is a string), over both.
+    Raises RecipeError with all problems at once; FileNotFoundError where the file does not exist.
     """
     if isinstance(recipe, Recipe):
-        if not list(overrides):
+        if not list(overrides) and over is None:
             return recipe
         recipe = recipe.table()
     if isinstance(recipe, Mapping):
@@ -100,7 +101,8 @@ def load_recipe(
     else:
         path = Path(recipe)
         layers, base, name = _file_layers(path, ()), path.parent, path.stem
-    layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml"), *layers, *_overrides(overrides)]
+    layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml"), *layers]
+    layers += [*([] if over is None else [over]), *_overrides(overrides)]
     imports = [spec for layer in layers for spec in _imports(layer)]
     if imports and not allow_imports:
         raise RecipeError(

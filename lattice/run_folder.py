@@ -144,11 +144,17 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without one that is being written; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [row for line in lines if (row := _row(line))]
+
+
 def training_losses(folder: Path) -> list[float]:
     """The training loss of every step so far, in order."""
-    with (folder / METRICS).open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row]
 
 
 def peak_memory_mib(device: torch.device) -> float:

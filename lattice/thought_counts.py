@@ -1,10 +1,16 @@
-"""A recipe at another number of thoughts."""
+"""How often a recipe thinks before each token, and the same recipe with another count."""
 
 from __future__ import annotations
+
+import json
+from contextlib import suppress
 
 from lattice.options import to_table
 from lattice.protocols import Recurrence
 from lattice.recipe import Recipe, load_recipe
+
+MOST = 64
+"""Counts that are tried to find a recipe's own."""
 
 
 def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
@@ -17,3 +23,23 @@ def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
         if not drawn and isinstance(value, dict) and {"train", "eval"} <= value.keys():
             value["train"] = [value["eval"]] * 2
     return load_recipe({**recipe.table(), "recurrence": table})
+
+
+def thoughts_of(recipe: Recipe) -> int | None:
+    """How often a recipe thinks before each token; None of a recurrence without such a count."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    for count in range(MOST):
+        with suppress(ValueError):
+            if recurrence.with_thoughts(count) == recurrence:
+                return count
+    return None
+
+
+def family(recipe: Recipe) -> str | None:
+    """Equal for recipes that differ in their number of thoughts alone; None without such a count."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    try:
+        table = to_table(recurrence.with_thoughts(0))
+    except ValueError:
+        return None
+    return json.dumps({"backbone": recipe.table()["backbone"], "recurrence": table}, sort_keys=True)

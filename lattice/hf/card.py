@@ -11,7 +11,7 @@ import tomli_w
 from huggingface_hub import ModelCard, ModelCardData
 
 from lattice.recipe import Recipe
-from lattice.run_folder import METRICS, RECIPE, SUMMARY
+from lattice.run_folder import METRICS, RECIPE, SUMMARY, read_metrics
 
 TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM{also}
@@ -93,7 +93,7 @@ def _figures(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Of this checkpoint, and of the whole run where it is the last one."""
     step = facts["step"]
     figures: dict[str, Any] = {"steps": step, "tokens seen": facts["tokens"]}
-    for row in _rows(run / METRICS):
+    for row in read_metrics(run / METRICS):
         if row["step"] > step:
             continue
         if row["step"] == step and "loss" in row:
@@ -108,13 +108,6 @@ def _figures(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
             names = ("parameters", "seconds", "tokens_per_second", "peak_memory_mib")
             figures |= {name.replace("_", " "): summary[name] for name in names if name in summary}
     return figures
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a live run may be writing the last
 
 
 def _table(figures: dict[str, Any]) -> str:

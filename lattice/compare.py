@@ -1,0 +1,229 @@
+"""Finished runs side by side: what they reached and what they cost.
+
+Runs that differ in their seed alone are one arm. Losses compare only where the text, the tokens and the way
+of evaluating are the same, which is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lattice.ledger import Ledger, ledger
+from lattice.load import recipe_of
+from lattice.recipe import Recipe
+from lattice.registry import nearest
+from lattice.run_folder import METRICS, RECIPE, SUMMARY, read_metrics
+from lattice.thought_counts import family, thoughts_of
+
+LOSS = "_loss"
+SEED_FOLDER = re.compile(r"seed\d+")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    folder: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder / METRICS)
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Tokens trained on and the values of a metric there."""
+        rows = [row for row in self.metrics if key in row]
+        return [row["tokens"] for row in rows], [row[key] for row in rows]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of the seeds, the lowest and the highest."""
+
+    mean: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(statistics.mean(values), min(values), max(values))
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Group:
+    """An arm: runs that differ in their seed alone."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.runs[0].recipe
+
+    @cached_property
+    def costs(self) -> Ledger:
+        return ledger(self.recipe)
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.run.steps * self.recipe.run.batch_tokens
+
+    @property
+    def training_operations(self) -> float:
+        """Of the whole training."""
+        return self.costs.training_operations * self.tokens
+
+    @property
+    def thoughts(self) -> int | None:
+        return thoughts_of(self.recipe)
+
+    @property
+    def family(self) -> str | None:
+        """Equal for arms that differ in their number of thoughts alone."""
+        return family(self.recipe)
+
+    def of(self, key: str) -> Spread:
+        """A figure of the summaries."""
+        return Spread.of([run.summary[key] for run in self.runs])
+
+    @property
+    def tokens_per_second(self) -> Spread:
+        """Of a training step: the median of each run."""
+        return Spread.of([statistics.median(run.curve("tokens_per_second")[1]) for run in self.runs])
+
+    def row(self, evaluators: Iterable[str]) -> dict[str, Any]:
+        """All figures, for json."""
+        figures: dict[str, Any] = {"arm": self.name, "seeds": [run.recipe.run.seed for run in self.runs]}
+        for evaluator in evaluators:
+            for key in (f"{evaluator}{LOSS}", f"{evaluator}_bits_per_byte"):
+                if all(key in run.summary for run in self.runs):
+                    figures[key] = [run.summary[key] for run in self.runs]
+        return {
+            **figures,
+            "thoughts": self.thoughts,
+            "parameters": self.costs.parameters,
+            "layer_parameters": self.costs.layer_parameters,
+            "tokens": self.tokens,
+            "training_operations_per_token": self.costs.training_operations,
+            "training_operations": self.training_operations,
+            "inference_operations_per_token": self.costs.inference_operations,
+            "tokens_per_second": self.tokens_per_second.mean,
+            "peak_memory_mib": self.of("peak_memory_mib").mean,
+            "hardware": sorted({run.summary["provenance"]["hardware"] for run in self.runs}),
+        }
+
+
+def find_runs(paths: Iterable[Path], *, trust_imports: bool = False) -> tuple[list[Run], list[Path]]:
+    """The finished runs at and beneath `paths`, and the directories of those that are not finished.
+
+    Raises FileNotFoundError for a path without any run, and the errors of a recipe that cannot be read.
+    """
+    found: list[Run] = []
+    unfinished: list[Path] = []
+    for folder in run_folders(paths):
+        summary = folder / SUMMARY
+        if not summary.is_file():
+            unfinished.append(folder)
+            continue
+        recipe = recipe_of(folder, trust_imports=trust_imports)
+        found.append(Run(folder, recipe, json.loads(summary.read_text(encoding="utf-8"))))
+    return found, unfinished
+
+
+def run_folders(paths: Iterable[Path]) -> list[Path]:
+    """The runs at and beneath `paths`. Raises FileNotFoundError for a path without any."""
+    folders: list[Path] = []
+    for path in paths:
+        beneath = [path] if (path / RECIPE).is_file() else sorted(at.parent for at in path.rglob(RECIPE))
+        if not beneath:
+            raise FileNotFoundError(
+                f"'{path}' is no run and holds none: give directories that `lattice run` or `lattice sweep` "
+                "wrote"
+            )
+        folders += beneath
+    return list(dict.fromkeys(folders))
+
+
+def groups_of(runs: Sequence[Run]) -> list[Group]:
+    """Runs by their recipe without its seed, in the order in which they were given."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        table = run.recipe.table()
+        table["run"] = {key: value for key, value in table["run"].items() if key not in ("seed", "log_every")}
+        members.setdefault(json.dumps(table, sort_keys=True), []).append(run)
+    names = [_name(of[0].folder) for of in members.values()]
+    return [
+        Group(name if names.count(name) == 1 else str(of[0].folder), tuple(of))
+        for name, of in zip(names, members.values(), strict=True)
+    ]
+
+
+def _name(folder: Path) -> str:
+    folder = folder.resolve()
+    return folder.parent.name if SEED_FOLDER.fullmatch(folder.name) else folder.name
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raises ValueError, with all differences, where the losses of runs say nothing about each other."""
+    first, problems = runs[0], []
+    for run in runs:
+        if "provenance" not in run.summary:
+            problems.append(f"'{run.folder}' does not say on what it was trained: it is of an older version")
+    if problems:
+        raise ValueError("\n".join(problems))
+    for run in runs[1:]:
+        ours, theirs = _identity(first), _identity(run)
+        differ = [f"{what} {ours[what]}, {theirs[what]}" for what in ours if ours[what] != theirs[what]]
+        if differ:
+            problems.append(
+                f"the losses of '{first.folder}' and '{run.folder}' do not compare, for they differ in: "
+                + "; ".join(differ)
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _identity(run: Run) -> dict[str, str]:
+    """What must agree for two losses to compare."""
+    prints = run.summary["provenance"]["fingerprints"]
+    texts = {"training text": "training", "validation text": "validation", "tokenizer": "tokenizer"}
+    return {
+        **{shown: prints[name][:12] for shown, name in texts.items()},
+        "run.sequence_tokens": str(run.recipe.run.sequence_tokens),
+    }
+
+
+def evaluators_of(runs: Sequence[Run], wanted: str | None = None) -> list[str]:
+    """The evaluators, alike in all runs, that gave a loss; `wanted` first. Raises ValueError where there is
+    none, or not that one."""
+
+    def alike(name: str) -> bool:
+        return all(
+            run.recipe.named("evaluator").get(name) == first.recipe.named("evaluator")[name]
+            and f"{name}{LOSS}" in run.summary
+            for run in runs
+        )
+
+    first = runs[0]
+    names = [name for name in first.recipe.named("evaluator") if alike(name)]
+    if wanted is not None and wanted not in names:
+        known = f" Known: {', '.join(names)}" if names else ""
+        raise ValueError(
+            f"evaluator '{wanted}' did not give a loss in the same way in all runs"
+            f"{nearest(wanted, names)}{known}"
+        )
+    if not names:
+        raise ValueError("the runs have no evaluator with a loss in common: nothing compares them")
+    return sorted(names, key=lambda name: name != wanted)

@@ -1,0 +1,204 @@
+"""Pictures of runs and comparisons; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lattice.compare import Group, Spread
+from lattice.run_folder import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FLOPS = "FLOPs"
+SMOOTHED = 50
+"""Steps over which a training curve is averaged."""
+
+
+class NoMatplotlib(ImportError):
+    """Pictures were asked for and cannot be drawn."""
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot for files. Raises NoMatplotlib that says what to install."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise NoMatplotlib("pictures need matplotlib: pip install 'lattice[plot]'") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+@contextmanager
+def _figure(width: float = 7.5, height: float = 4.5) -> Iterator[tuple[Axes, io.BytesIO]]:
+    """Axes to draw on, and where the PNG will be."""
+    plt, png = pyplot(), io.BytesIO()
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.grid(alpha=0.3)
+    yield axes, png
+    figure.savefig(png, dpi=130, format="png")
+    plt.close(figure)
+
+
+def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, bytes]]:
+    """Name -> what it shows and the PNG, of the pictures that these arms allow."""
+    drawn = {
+        "loss_by_tokens": (
+            "Validation loss against training tokens; bands span the seeds.",
+            _curves(groups, evaluator, "training tokens", lambda group: 1.0),
+        ),
+        "loss_by_training_flops": (
+            "The same against training FLOPs, by the ledger.",
+            _curves(
+                groups,
+                evaluator,
+                f"training {FLOPS}",
+                lambda group: group.costs.training_operations,
+                log=True,
+            ),
+        ),
+        "loss_by_inference_flops": (
+            "Final loss against what a token costs in sequential decoding; lines join thought counts.",
+            _against(
+                groups,
+                evaluator,
+                f"inference {FLOPS} a token",
+                lambda group: group.costs.inference_operations,
+            ),
+        ),
+    }
+    counted = [group for group in groups if group.thoughts is not None]
+    if len({group.thoughts for group in counted}) > 1:
+        drawn["loss_by_thoughts"] = (
+            "Final loss against the number of thoughts; lines join arms that differ in nothing else.",
+            _against(
+                counted, evaluator, "thoughts before each token", lambda group: float(group.thoughts or 0)
+            ),
+        )
+    if any("residuals" in row for group in groups for row in group.runs[0].metrics):
+        drawn["residuals"] = (
+            "Relative change of the thoughts at each iteration, over the last tenth of training.",
+            _residuals(groups),
+        )
+    return drawn
+
+
+def _curves(
+    groups: Sequence[Group],
+    evaluator: str,
+    label: str,
+    scale: Callable[[Group], float],
+    *,
+    log: bool = False,
+) -> bytes:
+    with _figure() as (axes, png):
+        for index, group in enumerate(groups):
+            curves = [run.curve(f"{evaluator}/loss") for run in group.runs]
+            length = min(len(tokens) for tokens, _ in curves)
+            if not length:
+                continue
+            at = np.array(curves[0][0][:length]) * scale(group)
+            losses = np.array([losses[:length] for _, losses in curves])
+            axes.plot(at, losses.mean(0), label=group.name, marker=".", **_style(index))
+            axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
+        axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token")
+        if log:
+            axes.set_xscale("log")
+        axes.legend(fontsize=8)
+    return png.getvalue()
+
+
+def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callable[[Group], float]) -> bytes:
+    with _figure() as (axes, png):
+        families: dict[str, list[tuple[float, float]]] = {}
+        for index, group in enumerate(groups):
+            loss: Spread = group.of(f"{evaluator}_loss")
+            below, above = loss.mean - loss.low, loss.high - loss.mean
+            axes.errorbar(
+                place(group),
+                loss.mean,
+                [[below], [above]],
+                marker="o",
+                capsize=3,
+                label=group.name,
+                **(_style(index) | {"linestyle": "none"}),
+            )
+            if group.family is not None:
+                families.setdefault(group.family, []).append((place(group), loss.mean))
+        for points in families.values():
+            axes.plot(*zip(*sorted(points), strict=True), color="0.6", linewidth=1, zorder=0)
+        axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token")
+        axes.legend(fontsize=8)
+    return png.getvalue()
+
+
+def _residuals(groups: Sequence[Group]) -> bytes:
+    with _figure() as (axes, png):
+        for index, group in enumerate(groups):
+            rows = [
+                row["residuals"]
+                for run in group.runs
+                for row in run.metrics
+                if "residuals" in row and row["step"] > 0.9 * group.recipe.run.steps
+            ]
+            longest = max(map(len, rows), default=0)
+            means = [np.mean([row[at] for row in rows if len(row) > at]) for at in range(longest)]
+            if means:
+                axes.plot(range(1, longest + 1), means, marker="o", label=group.name, **_style(index))
+                axes.set_xticks(range(1, max(longest, len(axes.get_xticks())) + 1))
+        axes.set(xlabel="iteration", ylabel="relative change of the thoughts", yscale="log")
+        axes.legend(fontsize=8)
+    return png.getvalue()
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Ten colours, then the same ones dashed."""
+    return {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
+
+
+def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
+    """Metrics of any runs, finished or not, against training tokens, one panel for each key; `loss` and every
+    evaluator's loss if no keys are given. Raises ValueError for a key that no run has."""
+    rows = {folder: read_metrics(folder / "metrics.jsonl") for folder in folders}
+    known = {key for lines in rows.values() for row in lines for key, value in row.items() if _number(value)}
+    wanted = keys or sorted(key for key in known if key == "loss" or key.endswith("/loss"))
+    for key in wanted:
+        if key not in known:
+            raise ValueError(f"no run has the metric '{key}'. Known: {', '.join(sorted(known))}")
+    plt, png = pyplot(), io.BytesIO()
+    figure, panels = plt.subplots(
+        len(wanted), 1, figsize=(7.5, 3.2 * len(wanted)), layout="constrained", squeeze=False
+    )
+    for key, axes in zip(wanted, panels[:, 0], strict=True):
+        for index, (folder, lines) in enumerate(rows.items()):
+            points = [(row["tokens"], row[key]) for row in lines if key in row]
+            if points:
+                tokens, values = zip(*points, strict=True)
+                smooth = _smoothed(np.array(values)) if "/" not in key else np.array(values)
+                axes.plot(tokens, smooth, label=str(folder), **_style(index))
+        axes.set(xlabel="training tokens", ylabel=key)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(png, dpi=130, format="png")
+    plt.close(figure)
+    return png.getvalue()
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The mean of each value and those before it, SMOOTHED at most."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(0, stop - SMOOTHED)
+    return np.asarray((sums[stop] - sums[start]) / (stop - start))

@@ -1,0 +1,207 @@
+"""Every arm of a study with every seed, each in a process of its own: one that fails takes no other along.
+
+OUT/ARM/arm.toml     the resolved recipe of an arm
+OUT/ARM/seed0/       its run with seed 0, as `lattice run` writes it
+OUT/ARM/seed0.log    what that run printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lattice import atomic, preflight
+from lattice.console import console, errors, say
+from lattice.interrupts import StopRequest
+from lattice.recipe import RecipeError
+from lattice.run_folder import METRICS, SUMMARY, locked
+from lattice.study import Arm, Study
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One run of a study; equal to itself alone."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder.with_name("arm.toml")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has taken all the steps that the arm now has."""
+        path = self.folder / SUMMARY
+        return path.is_file() and json.loads(path.read_text())["steps"] >= self.arm.recipe.run.steps
+
+    def progress(self) -> tuple[int, float | None]:
+        """Steps done and the last training loss."""
+        try:
+            lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines[-3:]]
+        except (OSError, ValueError):  # not there yet, or a line is being written
+            return 0, None
+        losses = [row["loss"] for row in rows if "loss" in row]
+        return max((row["step"] for row in rows), default=0), losses[-1] if losses else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the jobs."""
+
+    folders: list[Path] = field(default_factory=list)
+    """Of the runs that are complete, those of earlier calls among them."""
+    failed: dict[str, Path] = field(default_factory=dict)
+    """Logs of those that failed, by name."""
+    stopped: str | None = None
+    """The signal that stopped the sweep."""
+
+
+def jobs_of(study: Study, out: Path) -> list[Job]:
+    """In the order in which they are started: an arm with all its seeds, then the next."""
+    return [
+        Job(arm=arm, seed=seed, folder=out / arm.name / f"seed{seed}")
+        for arm in study.arms
+        for seed in study.seeds
+    ]
+
+
+def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
+    """Trains whatever is not finished, `at_once` runs side by side, the machine's threads shared among them.
+
+    A failed run is reported and the others go on. After SIGINT or SIGTERM the running ones save their state
+    and stop; calling again goes on. Raises RecipeError where an arm cannot be trained here.
+    """
+    if at_once < 1:
+        raise ValueError(f"jobs = {at_once}: must be at least 1")
+    jobs = jobs_of(study, out)
+    left = deque(job for job in jobs if not job.finished)
+    _check([job.arm for job in left])
+    for job in left:
+        atomic.write_file(job.recipe, job.arm.recipe.to_toml().encode())
+    outcome = Outcome()
+    if left:
+        say(f"{len(left)} of {len(jobs)} runs to do; they lie in '{out}'")
+    with locked(out), StopRequest() as stop, _Bars(jobs, left) as bars:
+        running: dict[Job, subprocess.Popen[bytes]] = {}
+        while left or running:
+            while left and len(running) < at_once and not stop.received:
+                job = left.popleft()
+                running[job] = _start(job, at_once)
+                bars.start(job)
+            if stop.received:
+                return _stop(running, stop.received, outcome)
+            time.sleep(POLL_SECONDS)
+            for job, process in list(running.items()):
+                bars.update(job)
+                if process.poll() is not None:
+                    del running[job]
+                    bars.end(job, failed=not job.finished)
+                    if not job.finished:
+                        outcome.failed[job.name] = job.log
+    outcome.folders.extend(job.folder for job in jobs if job.finished)
+    return outcome
+
+
+def show_failures(outcome: Outcome) -> None:
+    """Each run that failed, with the last line of its log, on stderr."""
+    for name, log in outcome.failed.items():
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "it printed nothing"
+        errors.print(f"{name} failed: {last} (all of it in {log})", markup=False, soft_wrap=True)
+
+
+def _check(arms: Sequence[Arm]) -> None:
+    problems: list[str] = []
+    for arm in {arm.name: arm for arm in arms}.values():
+        try:
+            preflight.check(arm.recipe)
+        except RecipeError as error:
+            problems += [f"arm '{arm.name}': {problem}" for problem in error.problems]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "lattice", "run", str(job.recipe)]
+    command += ["--out", str(job.folder), "--set", f"run.seed={job.seed}"]
+    environment = dict(os.environ)
+    if at_once > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        # A session of its own: what a terminal sends to all reaches a run once, from here.
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def _stop(running: dict[Job, subprocess.Popen[bytes]], signal: str, outcome: Outcome) -> Outcome:
+    for process in running.values():
+        process.terminate()
+    for process in running.values():
+        process.wait()
+    say(f"{signal}: the runs stopped and saved; the same command goes on from there")
+    return Outcome(outcome.folders, outcome.failed, signal)
+
+
+class _Bars:
+    """A bar for the study and one for each running job; lines where there is no terminal."""
+
+    def __init__(self, jobs: Sequence[Job], left: Sequence[Job]) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self._progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(left), loss="")
+        self._of: dict[Job, TaskID] = {}
+        self._started: dict[Job, float] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, job: Job) -> None:
+        self._of[job] = self._progress.add_task(job.name, total=job.arm.recipe.run.steps, loss="")
+        self._started[job] = time.monotonic()
+
+    def update(self, job: Job) -> None:
+        step, loss = job.progress()
+        shown = "" if loss is None else f"loss {loss:.3f}"
+        self._progress.update(self._of[job], completed=step, loss=shown)
+
+    def end(self, job: Job, *, failed: bool) -> None:
+        self._progress.remove_task(self._of.pop(job))
+        self._progress.advance(self._all)
+        seconds = time.monotonic() - self._started[job]
+        said = f"failed; its log is {job.log}" if failed else f"finished in {seconds:,.0f} s"
+        say(f"{job.name}: {said}")
