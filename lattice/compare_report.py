@@ -1,4 +1,4 @@
-"""What `lattice compare` and `lattice sweep` show: a table, json, pictures, one page of HTML with all of it."""
+"""What `lattice compare` and `lattice sweep` show: a table, json, pictures, and all of it on one page."""
 
 from __future__ import annotations
 
