@@ -35,45 +35,38 @@ def report(
     check_comparable(runs)
     evaluators = evaluators_of(runs, evaluator)
     groups = groups_of(runs)
-    columns, rows = _table(groups, evaluators)
-    table(title, columns, rows)
+    for shown, (columns, *rows) in _tables(groups, evaluators).items():
+        table(f"{title}: {shown}", columns, rows)
     figures = [group.row(evaluators) for group in groups]
     if out is not None:
         _write(out, title, groups, evaluators, figures, notes or {})
     return figures
 
 
-def _table(groups: Sequence[Group], evaluators: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def _tables(groups: Sequence[Group], evaluators: Sequence[str]) -> dict[str, list[list[str]]]:
+    """What was reached and what it cost: by title, the names of the columns and a row for each arm."""
     byte_key = f"{evaluators[0]}_bits_per_byte"
     with_bytes = all(byte_key in run.summary for group in groups for run in group.runs)
-    columns = [
-        "arm",
-        "seeds",
-        *[f"{name} loss" for name in evaluators],
-        *(["bits/byte"] if with_bytes else []),
-    ]
-    columns += ["parameters", "in layers", "tokens", "train MFLOP/tok", "train PFLOP", "infer MFLOP/tok"]
-    columns += ["tok/s", "MiB"]
-    rows = []
+    losses = [["arm", "seeds", *evaluators, *(["bits/byte"] if with_bytes else [])]]
+    costs = [["arm", "parameters", "in layers", "tokens", "train PFLOP", "infer MFLOP/tok", "tok/s", "MiB"]]
     for group in groups:
-        costs = group.costs
-        rows.append(
+        reached = [_spread(group.of(f"{name}_loss")) for name in evaluators]
+        reached += [_spread(group.of(byte_key))] if with_bytes else []
+        losses.append([group.name, str(len(group.runs)), *reached])
+        ledger = group.costs
+        costs.append(
             [
                 group.name,
-                str(len(group.runs)),
-                *[_spread(group.of(f"{name}_loss")) for name in evaluators],
-                *([_spread(group.of(byte_key))] if with_bytes else []),
-                f"{costs.parameters / 1e6:,.2f} M",
-                f"{costs.layer_parameters / 1e6:,.2f} M",
+                f"{ledger.parameters / 1e6:,.2f} M",
+                f"{ledger.layer_parameters / 1e6:,.2f} M",
                 f"{group.tokens / 1e6:,.1f} M",
-                f"{costs.training_operations / 1e6:,.1f}",
-                f"{group.training_operations / 1e15:,.3f}",
-                f"{costs.inference_operations / 1e6:,.2f}",
+                f"{group.training_operations / 1e15:,.3g}",
+                f"{ledger.inference_operations / 1e6:,.3g}",
                 f"{group.tokens_per_second.mean:,.0f}",
                 f"{group.of('peak_memory_mib').mean:,.0f}",
             ]
         )
-    return columns, rows
+    return {"loss, nats a token": losses, "cost": costs}
 
 
 def _spread(value: Spread) -> str:
@@ -112,12 +105,10 @@ def _page(
 ) -> str:
     template = importlib.resources.files("lattice").joinpath("templates/report.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    columns, rows = _table(groups, evaluators)
     return environment.from_string(template).render(
         title=title,
         version=__version__,
-        columns=columns,
-        rows=rows,
+        tables=_tables(groups, evaluators),
         pictures=[(caption, base64.b64encode(png).decode()) for caption, png in drawn.values()],
         arms=[
             (group, _differences(groups[0].recipe, group.recipe), notes.get(group.name)) for group in groups
