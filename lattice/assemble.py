@@ -61,8 +61,10 @@ class TrainingGraph:
     def autocast(self) -> AbstractContextManager[Any]:
         return self.precision.autocast(self.device)
 
-    def subject(self) -> EvaluationSubject:
-        return EvaluationSubject(self.model, self.codec, self.source, self.autocast, self.device)
+    def subject(self, step: int) -> EvaluationSubject:
+        """What evaluators use after `step` steps."""
+        source = self.source
+        return EvaluationSubject(self.model, self.codec, lambda: source, self.autocast, self.device, step)
 
 
 def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str = "cpu") -> LanguageModel:
@@ -177,6 +179,26 @@ def training_graph(recipe: Recipe, folder: Path) -> TrainingGraph:
         checkpoint_every=checkpoint.every,
         metrics=recipe.named("metrics"),
         evaluators=recipe.named("evaluator"),
+    )
+
+
+def evaluation_graph(
+    recipe: Recipe, folder: Path, model: LanguageModel, step: int, *, device: str = "auto"
+) -> EvaluationSubject:
+    """A trained model with what its evaluators use; nothing that only training needs is built. It computes in
+    the number format it was trained in, float8 as the bfloat16 around it."""
+    on = choose_device(device, "device")
+    precision: Precision = recipe.component("precision")
+    parallel: Parallel = recipe.component("parallel")
+    data: Data = recipe.component("data")
+    codec = open_codec(recipe, folder / "tokenizer")
+    return EvaluationSubject(
+        model.to(on).eval(),
+        codec,
+        lambda: data.open(_request(recipe, codec, parallel)),
+        lambda: precision.autocast(on),
+        on,
+        step,
     )
 
 

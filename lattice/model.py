@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lattice.cache import KVCache
 from lattice.draws import Draw
-from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence
+from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled
 from lattice.registry import check_unroll
 from lattice.slots import Tokens
 from lattice.stack import Stack
@@ -85,14 +85,27 @@ class LanguageModel(nn.Module):
         a packed batch; `targets` (B, L), already shifted, -100 does not count: with them the output holds
         the loss in place of the logits. Raises ValueError for a sequence longer than the context.
         """
-        self._check_length(input_ids.shape[1])
-        stack = self._stack(Tokens.of(input_ids, attention_mask, documents))
-        unrolled = self.unroll(stack, input_ids, draw=draw)
+        stack, unrolled = self._unrolled(input_ids, attention_mask, documents, draw)
         if targets is None:
             return Output(stack.logits(unrolled.hidden_BLD), telemetry=unrolled.telemetry)
         hidden_ND = unrolled.hidden_BLD.flatten(0, 1)
         loss_sum, count = self.loss.total(hidden_ND, self.decoder.head, targets.flatten())
         return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the head turns into logits, (B, L, D), as in `forward`: for those who need few of them."""
+        return self._unrolled(input_ids, attention_mask)[1].hidden_BLD
+
+    def _unrolled(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        documents: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> tuple[Stack, Unrolled]:
+        self._check_length(input_ids.shape[1])
+        stack = self._stack(Tokens.of(input_ids, attention_mask, documents))
+        return stack, self.unroll(stack, input_ids, draw=draw)
 
     @torch.no_grad()
     def prefill(

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -349,6 +350,10 @@ class Source(Protocol):
         ranks. Every rank gets the same number of batches of the same shape."""
         ...
 
+    def validation_documents(self, most: int | None = None) -> Iterator[list[int]]:
+        """The held-out documents one by one, at most `most`: token ids without that of the document's end."""
+        ...
+
     def position(self, step: int) -> dict[str, Any]:
         """Where `step` stands in the data; saved in checkpoints and compared when one is resumed."""
         ...
@@ -432,11 +437,18 @@ class Evaluator(Protocol):
 class EvaluationSubject:
     """What an evaluator may use."""
 
-    model: nn.Module
+    model: LanguageModel
     codec: Codec
-    source: Source
+    open_source: Callable[[], Source]
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
+    step: int
+    """Optimizer steps that the weights have taken."""
+
+    @cached_property
+    def source(self) -> Source:
+        """The recipe's data, opened when it is first asked for."""
+        return self.open_source()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Shapes: B batch, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -118,16 +118,41 @@ def completions(
     parallel_prefill: bool,
 ) -> Iterator[tuple[int, Completion]]:
     """As `generate_text`, of (number, prompt) pairs, each when its batch is done, short prompts first."""
+    ids, texts = prompt_ids(model, codec, prompts, max_new_tokens), dict(prompts)
+    for number, row in complete(
+        model,
+        codec,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        batch_size=batch_size,
+        parallel_prefill=parallel_prefill,
+    ):
+        finish = row.finish or "length"
+        yield number, Completion(prompt=texts[number], text=row.text, finish=finish, tokens=row.tokens)
+
+
+def complete(
+    model: LanguageModel,
+    codec: Codec,
+    ids: Mapping[int, list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    stop: Sequence[str],
+    batch_size: int,
+    parallel_prefill: bool,
+) -> Iterator[tuple[int, Continuation]]:
+    """As `completions`, of token ids by number."""
     check_stop(stop)
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: must be at least 1")
-    ids = prompt_ids(model, codec, prompts, max_new_tokens)
     sampling = replace(sampling or Sampling(), vocab_size=codec.vocab_size)
-    order = sorted(prompts, key=lambda pair: len(ids[pair[0]]))
+    order = sorted(ids, key=lambda number: len(ids[number]))
     for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        rows = [Continuation(codec, ids[number], stop) for number, _ in batch]
-        numbers = [number for number, _ in batch]
+        numbers = order[start : start + batch_size]
+        rows = [Continuation(codec, ids[number], stop) for number in numbers]
         for ids_B1 in _stream(
             model, [ids[n] for n in numbers], numbers, max_new_tokens, sampling, parallel_prefill
         ):
@@ -136,9 +161,7 @@ def completions(
                     row.add(token)
             if all(row.finish for row in rows):
                 break
-        for (number, prompt), row in zip(batch, rows, strict=True):
-            finish = row.finish or "length"
-            yield number, Completion(prompt=prompt, text=row.text, finish=finish, tokens=row.tokens)
+        yield from zip(numbers, rows, strict=True)
 
 
 def _stream(

@@ -25,6 +25,20 @@ def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
     return load_recipe({**recipe.table(), "recurrence": table})
 
 
+def with_iterations(recipe: Recipe, count: int) -> Recipe:
+    """The same recipe with `count` iterations of its recurrence at evaluation. Raises ValueError for one that
+    does not iterate."""
+    table = recipe.table()["recurrence"]
+    iterated = [
+        value for value in table.values() if isinstance(value, dict) and {"train", "eval"} <= value.keys()
+    ]
+    if not iterated:
+        raise ValueError(f"iterations = {count}: recurrence '{table['kind']}' does not iterate")
+    for value in iterated:
+        value["eval"] = count
+    return load_recipe({**recipe.table(), "recurrence": table})
+
+
 def thoughts_of(recipe: Recipe) -> int | None:
     """How often a recipe thinks before each token; None of a recurrence without such a count."""
     recurrence: Recurrence = recipe.component("recurrence")

@@ -173,7 +173,7 @@ class Loop:
         ]
         for name in due:
             graph.model.eval()
-            self.results[name] = graph.evaluators[name].evaluate(graph.subject())
+            self.results[name] = graph.evaluators[name].evaluate(graph.subject(done))
             graph.model.train()
             values = {f"{name}/{key}": value for key, value in self.results[name].items()}
             self._log({"step": done, "tokens": done * self.run_options.batch_tokens, **values})

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,18 @@ class TokenStream:
             within = np.searchsorted(begins, np.arange(a, b), side="right")
             parts.append(self._first_document[number] + int(low) - 1 + within)
         return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, dtype=np.int64)
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """First token and the place after the last, end-of-document token included, of each document that
+        lies within start..stop-1 as a whole."""
+        for number, shard in enumerate(self.shards):
+            first, end = self._first[number], self._first[number + 1]
+            if end <= start or first >= stop:
+                continue
+            begins = [first + int(at) for at in shard.starts] + [end]
+            for begin, after in pairwise(begins):
+                if start <= begin < after <= stop:
+                    yield begin, after
 
     def _shard_at(self, position: int) -> int:
         return bisect.bisect_right(self._first, position) - 1

@@ -150,6 +150,14 @@ class PackedSource(Source):
             mine = range(base + request.rank * request.micro_batch, base + block)[: request.micro_batch]
             yield self._validation_batch(mine, windows, targets)
 
+    def validation_documents(self, most: int | None = None) -> Iterator[list[int]]:
+        """Documents that lie within the held-out window as a whole."""
+        window, eos = self._validation, self._request.codec.eos_id
+        spans = window.stream.spans(window.start, window.start + window.tokens)
+        for start, stop in islice(spans, most):
+            ids = window.stream.read(start, stop).tolist()
+            yield ids[:-1] if ids[-1] == eos else ids
+
     def position(self, step: int) -> dict[str, Any]:
         """The step's first sequence. All but "step", "epoch" and "sequence" is constant over a run."""
         counter, request = step * self._request.batch, self._request

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from lattice.model import LanguageModel
 from lattice.protocols import Batch, EvaluationSubject, Evaluator
 from lattice.registry import register
 
@@ -53,7 +52,6 @@ class Perplexity(Evaluator):
         ids_BL, targets_BL, documents_BL = batch.ids_BL, batch.targets_BL, batch.documents_BL
         if not self.sequential:
             return float(subject.model(ids_BL, documents=documents_BL, targets=targets_BL).loss_sum)
-        assert isinstance(subject.model, LanguageModel)
         cache, losses = subject.model.cache(), []
         for at in range(ids_BL.shape[1]):
             here = slice(at, at + 1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from lattice.generate import Sampling, stream
-from lattice.model import LanguageModel
 from lattice.protocols import EvaluationSubject, Evaluator
 from lattice.registry import register
 
@@ -36,7 +35,6 @@ class Sample(Evaluator):
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
-        assert isinstance(subject.model, LanguageModel)
         prompt = subject.codec.encode_batch([self.prompt])[0]
         sampling = replace(self._sampling(), vocab_size=subject.codec.vocab_size)
         ids_BL = torch.tensor([prompt], device=subject.device)

