@@ -119,7 +119,7 @@ def _unreachable(error: BaseException | None) -> bool:
 
 
 def _missing(names: Sequence[str], local: set[str], error: BaseException) -> str:
-    wanted = ", ".join(name for name in names if name not in local)
+    wanted = ", ".join([name for name in names if name not in local] or names)
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (

@@ -110,7 +110,7 @@ class LatticeLM(TemplateLM):
         for batch in track(batches, "scoring", console=errors, disable=hidden, transient=True):
             for row, hidden_LD in zip(batch, self._hidden(batch), strict=True):
                 for index in of_input[row]:
-                    texts, _, scored = requests[index]
+                    texts, scored = requests[index][0], requests[index][2]
                     answers[index] = self._score(hidden_LD[: len(row)], scored)
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, answers[index])

@@ -1,7 +1,7 @@
 """Loss on held-out documents, each read alone from its beginning.
 
 Unlike the windows of `perplexity`, no token is predicted from another document's text, and with `overlap`
-every token but the first ones has at least so much context ("sliding window", Press et al., arXiv 2012.15832).
+every token but the first ones has at least so much context ("sliding window", arXiv 2012.15832).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Documents(Evaluator):
     max_documents: int | None = None
     """Read no more than the first so many; all if not given."""
     overlap: int = 0
-    """Tokens of a window that the one before it has scored already: context alone. 0 reads each token once."""
+    """Tokens of a window that the one before it has scored already: context alone. 0 reads each once."""
     batch: int = 16
     """Windows that are scored at once."""
 

@@ -1,0 +1,241 @@
+"""Studies: arms at equal cost, their runs, and what is said of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tomli_w
+
+from lattice.compare import check_comparable, find_runs, groups_of
+from lattice.ledger import ledger
+from lattice.recipe import RecipeError
+from lattice.study import QUANTITIES, read_study
+from lattice.sweep import jobs_of, sweep
+from tests.core.eval_runs import RECIPE, command, train
+
+LATENT = {"recurrence": {"kind": "latent_thoughts", "thoughts": 1}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.toml").write_text(tomli_w.dumps(RECIPE))
+
+
+def write(tmp_path, arms, **study):
+    path = tmp_path / "study.toml"
+    path.write_text(tomli_w.dumps({"study": {"base": "base.toml", **study}, "arms": arms}))
+    return path
+
+
+# ── arms ──────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    ("quantity", "times", "by"),
+    [
+        ("inference_flops", 1.0, ["backbone.num_hidden_layers"]),
+        ("training_flops", 1.0, ["run.steps"]),
+        ("training_flops", 0.4, ["run.steps"]),
+        ("layer_parameters", 2.0, ["backbone.num_hidden_layers"]),
+        ("parameters", 3.0, ["backbone.hidden_size", "backbone.intermediate_size"]),
+    ],
+)
+def test_a_match_is_as_near_as_whole_numbers_come(tmp_path, quantity, times, by):
+    match = {"quantity": quantity, "times": times, "of": "latent", "by": by}
+    study = read_study(write(tmp_path, {"matched": {"match": match}, "latent": LATENT}))
+    matched, latent = study.arms
+    assert [arm.name for arm in study.arms] == ["matched", "latent"]  # in the order of the file
+    measure = QUANTITIES[quantity]
+    target = times * measure(latent.recipe, ledger(latent.recipe))
+    reached = measure(matched.recipe, ledger(matched.recipe)) / target
+
+    def value(recipe, key):
+        table, name = key.split(".")
+        return recipe.table()[table][name]
+
+    for one in (-1, 1):  # a step more or less is no nearer
+        units = [f"{key}={value(matched.recipe, key)}" for key in by]
+        base = {key: value(study.arms[1].recipe, key) for key in by}
+        unit = {key: base[key] // min(base.values()) for key in by}
+        if len(by) == 1:
+            unit = {by[0]: 1}
+        units = [f"{key}={value(matched.recipe, key) + one * unit[key]}" for key in by]
+        from lattice.recipe import load_recipe
+
+        try:
+            other = load_recipe(matched.recipe, units)
+            away = measure(other, ledger(other)) / target
+        except ValueError:  # 15 is no multiple of two heads
+            continue
+        assert abs(reached - 1) <= abs(away - 1) * 1.1
+    assert f"{quantity} {reached:.3f}" in matched.matched
+    assert matched.recipe.component("recurrence") != latent.recipe.component("recurrence")
+
+
+def test_double_depth_of_one_thought(tmp_path):
+    match = {"quantity": "inference_flops", "of": "latent", "by": ["backbone.num_hidden_layers"]}
+    study = read_study(write(tmp_path, {"latent": LATENT, "deep": {"match": match}}))
+    layers = study.arms[1].recipe.component("backbone").num_hidden_layers
+    assert layers in (4, 5)  # twice the base's two; its cache is shorter
+
+
+@pytest.mark.parametrize(
+    ("arms", "messages"),
+    [
+        ({}, ["there are no arms"]),
+        ({"a": {"backbone": {"hiden_size": 8}}}, ["arm 'a': study.toml:", "hiden_size", "hidden_size"]),
+        ({"a": {"run": {"seed": 3}}}, ["arms.a sets run.seed, which all arms share"]),
+        ({"a": {"data": {"kind": "embedded"}}}, ["arms.a sets data, which all arms share"]),
+        ({"a": {"extends": ["x.toml"]}}, ["arms.a has 'extends': only the base can have it"]),
+        (
+            {"a": {"match": {"of": "b", "quantity": "parameters", "by": ["run.steps"]}}},
+            ["there is no arm 'b'"],
+        ),
+        (
+            {"a": {}, "b": {"match": {"of": "a", "quantity": "flops", "by": ["run.steps"]}}},
+            ["arms.b.match.quantity", "inference_flops"],
+        ),
+        (
+            {
+                "a": {},
+                "b": {"match": {"of": "a", "quantity": "parameters", "by": ["run.steps"], "times": 2.0}},
+            },
+            ["arms.b.match: run.steps do not change the parameters"],
+        ),
+        (
+            {"a": {}, "b": {"match": {"of": "a", "quantity": "parameters", "by": ["backbone.layers"]}}},
+            ["by: 'backbone.layers' is no key of the recipe"],
+        ),
+        (
+            {
+                "a": {"match": {"of": "b", "quantity": "parameters", "by": ["run.steps"]}},
+                "b": {"match": {"of": "a", "quantity": "parameters", "by": ["run.steps"]}},
+            },
+            ["arms match one another"],
+        ),
+        ({"a/b": {}}, ["arm 'a/b': an arm's name may hold letters"]),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said(tmp_path, arms, messages):
+    with pytest.raises(RecipeError) as error:
+        read_study(write(tmp_path, arms))
+    for message in messages:
+        assert message in str(error.value).replace(str(tmp_path) + "/", "")
+
+
+def test_unknown_keys_of_a_study(tmp_path):
+    with pytest.raises(RecipeError, match=r"seed.*seeds"):
+        read_study(write(tmp_path, {"a": {}}, seed=[1]))
+    with pytest.raises(RecipeError, match=r"seeds = \[1, 1\]"):
+        read_study(write(tmp_path, {"a": {}}, seeds=[1, 1]))
+    assert command("sweep", tmp_path / "none.toml") == 2
+
+
+# ── runs ──────────────────────────────────────────────────────────────────────────────────────────
+def test_a_sweep_trains_compares_and_goes_on(tmp_path, capsys):
+    failing = {"optimizer": {"lr": 1e30}}  # nothing is finite after a step
+    arms = {"plain": {}, "failing": failing, "latent": LATENT}
+    path = write(tmp_path, arms, seeds=[0, 1])
+    assert command("sweep", path, "--out", "out", "--jobs", 2) == 1
+    said = capsys.readouterr()
+    assert "failing, seed 0 failed" in said.err
+    assert "failing, seed 1 failed" in said.err
+    figures = {row["arm"]: row for row in json.loads((tmp_path / "out/comparison.json").read_text())}
+    assert set(figures) == {"plain", "latent"}
+    assert figures["latent"]["seeds"] == [0, 1]
+    assert len(figures["latent"]["validation_loss"]) == 2
+    assert figures["latent"]["thoughts"] == 1
+    assert (
+        figures["latent"]["training_operations_per_token"] > figures["plain"]["training_operations_per_token"]
+    )
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert not re.search(r'(src|href)="(?!data:)', page)  # all of it is in the one file
+    assert 'recurrence.kind = "latent_thoughts"' in page.replace("&#34;", '"')
+
+    before = (tmp_path / "out/plain/seed0/metrics.jsonl").stat().st_mtime_ns
+    path.write_text(tomli_w.dumps({"study": {"base": "base.toml"}, "arms": {"plain": {}}}))
+    assert command("sweep", path, "--out", "out") == 0  # nothing is left to do
+    assert (tmp_path / "out/plain/seed0/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_sweep_loses_nothing(tmp_path):
+    long = {**RECIPE, "run": {**RECIPE["run"], "steps": 400}}
+    (tmp_path / "base.toml").write_text(tomli_w.dumps(long))
+    path = write(tmp_path, {"plain": {}})
+    process = subprocess.Popen([sys.executable, "-m", "lattice", "sweep", str(path), "--out", "out"])
+    metrics = tmp_path / "out/plain/seed0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 20):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 130
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-1] < 400
+    study = read_study(path)
+    assert len(sweep(study, tmp_path / "out").folders) == 1
+    whole = train(tmp_path / "whole", run=long["run"])
+
+    def losses(file):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    assert losses(metrics) == losses(whole / "metrics.jsonl")
+    assert all(job.finished for job in jobs_of(study, tmp_path / "out"))
+
+
+# ── comparisons ───────────────────────────────────────────────────────────────────────────────────
+def test_runs_of_other_text_do_not_compare(tmp_path, capsys):
+    train(tmp_path / "one")
+    train(tmp_path / "other", data={"kind": "embedded", "megabytes": 0.4, "validation_fraction": 0.2})
+    runs, _ = find_runs([tmp_path / "one", tmp_path / "other"])
+    with pytest.raises(ValueError, match=r"do not compare, for they differ in: training text \w+, \w+"):
+        check_comparable(runs)
+    assert command("compare", "one", "other") == 2
+    assert "do not compare" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_runs_are_one_arm_if_only_their_seed_differs(tmp_path):
+    for seed in (0, 1):
+        train(tmp_path / f"seed{seed}", run={**RECIPE["run"], "seed": seed})
+    train(tmp_path / "wide", backbone={**RECIPE["backbone"], "intermediate_size": 64})
+    runs, unfinished = find_runs([tmp_path])
+    assert not unfinished
+    groups = groups_of(runs)
+    assert sorted(len(group.runs) for group in groups) == [1, 2]
+    spread = next(group for group in groups if len(group.runs) == 2).of("validation_loss")
+    losses = [
+        json.loads((tmp_path / f"seed{seed}/summary.json").read_text())["validation_loss"] for seed in (0, 1)
+    ]
+    assert (spread.low, spread.high) == (min(losses), max(losses))
+    assert spread.mean == pytest.approx(sum(losses) / 2)
+
+
+def test_a_run_that_is_not_finished_is_left_out(tmp_path, capsys):
+    train(tmp_path / "runs/done")
+    train(tmp_path / "runs/other")
+    (tmp_path / "runs/other/summary.json").unlink()
+    assert command("compare", "runs") == 0
+    assert "'runs/other' is not finished and left out" in capsys.readouterr().out
+    assert command("compare", "nothing") == 2
+
+
+def test_plot_draws_any_runs(tmp_path, capsys):
+    train(tmp_path / "runs/one")
+    (tmp_path / "runs/one/summary.json").unlink()  # a run that goes on has none
+    assert command("plot", "runs", "--metrics", "loss", "grad_norm", "--out", "c.png") == 0
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert command("plot", "runs", "--metrics", "los") == 2
+    assert "no run has the metric 'los'. Known:" in capsys.readouterr().err
