@@ -227,15 +227,14 @@ def _matched(name: str, recipe: Recipe, match: Match, other: Recipe) -> Arm:
         scaled = load_recipe(recipe, settings)
         return scaled, measure(scaled, ledger(scaled)) / target
 
-    low, high = 0, 1
-    while at(high)[1] < 1:
-        low, high = high, 2 * high
-        if high > 2**40:
-            raise ValueError(f"{', '.join(match.by)} do not change the {match.quantity}")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle)[1] < 1 else (low, middle)
-    found, ratio = min((at(one) for one in (low, high) if one), key=lambda pair: abs(math.log(pair[1])))
+    try:
+        found, ratio = min(map(at, _around(at, unit)), key=lambda pair: abs(math.log(pair[1])))
+    except RecipeError as error:
+        raise ValueError(
+            f"{error} (by: keys that must keep a proportion have to be named together)"
+        ) from error
+    except OverflowError as error:
+        raise ValueError(f"{', '.join(match.by)} do not change the {match.quantity}") from error
     shown = ", ".join(f"{key} = {_whole_number(found, key)}" for key in match.by)
     wanted = "" if match.times == 1 else f"{match.times:g} times "
     return Arm(
@@ -243,6 +242,20 @@ def _matched(name: str, recipe: Recipe, match: Match, other: Recipe) -> Arm:
         recipe=found,
         matched=f"{match.quantity} {ratio:.3f} of {wanted}those of {match.of}: {shown}",
     )
+
+
+def _around(at: Callable[[int], tuple[Recipe, float]], first: int) -> list[int]:
+    """The last multiple that costs too little and the first that costs enough, searched from `first` on.
+    Raises OverflowError where none costs enough."""
+    low, high = 0, first
+    while at(high)[1] < 1:
+        low, high = high, 2 * high
+        if high > 2**40:
+            raise OverflowError
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle)[1] < 1 else (low, middle)
+    return [one for one in (low, high) if one]
 
 
 def _whole_number(recipe: Recipe, key: str) -> int:

@@ -1,6 +1,7 @@
 """Studies: arms at equal cost, their runs, and what is said of them."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,11 +14,12 @@ import tomli_w
 
 from lattice.compare import check_comparable, find_runs, groups_of
 from lattice.ledger import ledger
-from lattice.recipe import RecipeError
+from lattice.recipe import RecipeError, load_recipe
 from lattice.study import QUANTITIES, read_study
 from lattice.sweep import jobs_of, sweep
 from tests.core.eval_runs import RECIPE, command, train
 
+HEADS = "backbone.num_attention_heads"
 LATENT = {"recurrence": {"kind": "latent_thoughts", "thoughts": 1}}
 
 
@@ -48,7 +50,7 @@ def write(tmp_path, arms, **study):
         ("training_flops", 1.0, ["run.steps"]),
         ("training_flops", 0.4, ["run.steps"]),
         ("layer_parameters", 2.0, ["backbone.num_hidden_layers"]),
-        ("parameters", 3.0, ["backbone.hidden_size", "backbone.intermediate_size"]),
+        ("parameters", 3.0, ["backbone.hidden_size", "backbone.intermediate_size", HEADS]),
     ],
 )
 def test_a_match_is_as_near_as_whole_numbers_come(tmp_path, quantity, times, by):
@@ -60,25 +62,16 @@ def test_a_match_is_as_near_as_whole_numbers_come(tmp_path, quantity, times, by)
     target = times * measure(latent.recipe, ledger(latent.recipe))
     reached = measure(matched.recipe, ledger(matched.recipe)) / target
 
-    def value(recipe, key):
-        table, name = key.split(".")
-        return recipe.table()[table][name]
-
-    for one in (-1, 1):  # a step more or less is no nearer
-        units = [f"{key}={value(matched.recipe, key)}" for key in by]
-        base = {key: value(study.arms[1].recipe, key) for key in by}
-        unit = {key: base[key] // min(base.values()) for key in by}
-        if len(by) == 1:
-            unit = {by[0]: 1}
-        units = [f"{key}={value(matched.recipe, key) + one * unit[key]}" for key in by]
-        from lattice.recipe import load_recipe
-
-        try:
-            other = load_recipe(matched.recipe, units)
-            away = measure(other, ledger(other)) / target
-        except ValueError:  # 15 is no multiple of two heads
-            continue
-        assert abs(reached - 1) <= abs(away - 1) * 1.1
+    base = RECIPE["run"] | RECIPE["backbone"]
+    unit = math.gcd(*(base[key.split(".")[1]] for key in by))
+    for one in (-1, 1):  # neither a step more nor a step less is nearer
+        settings = []
+        for key in by:
+            table, name = key.split(".")
+            settings.append(f"{key}={matched.recipe.table()[table][name] + one * base[name] // unit}")
+        other = load_recipe(matched.recipe, settings)
+        away = measure(other, ledger(other)) / target
+        assert abs(math.log(reached)) <= abs(math.log(away))
     assert f"{quantity} {reached:.3f}" in matched.matched
     assert matched.recipe.component("recurrence") != latent.recipe.component("recurrence")
 
