@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import lattice
+from lattice.study import read_study
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*.toml"))
+STUDIES = sorted((RECIPES / "study").glob("thoughts*.toml"))
 
 # Parameters as the published checkpoints count them (Pythia: arXiv 2304.01373, table 1 and its model cards).
 PYTHIA = {
@@ -67,3 +69,14 @@ def test_the_papers_settings():
     recurrence = recipe.component("recurrence")
     assert (recurrence.thoughts, recurrence.jacobi.train, recurrence.jacobi.eval) == (1, (2, 4), 3)
     assert recurrence.token_passes(recipe.component("backbone").shape, training=False) == 9
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_are_fair(path):
+    study = read_study(path)
+    assert len(study.seeds) >= 2
+    batches = {(arm.recipe.run.batch_tokens, arm.recipe.run.sequence_tokens) for arm in study.arms}
+    assert len(batches) == 1
+    ratios = {arm.name: float(arm.matched.split()[1]) for arm in study.arms if arm.matched}
+    assert len(ratios) >= 3
+    assert all(ratio == pytest.approx(1, abs=0.15) for ratio in ratios.values())
