@@ -98,7 +98,26 @@ def open_codec(recipe: Recipe, folder: Path | None) -> Codec:
     """The recipe's tokenizer, from `folder` where an earlier run saved it."""
     data: Data = recipe.component("data")
     tokenizer: Tokenizer = recipe.component("tokenizer")
-    codec = tokenizer.build(folder, data.corpus())
+    return _fitting(recipe, tokenizer.build(folder, data.corpus()))
+
+
+def saved_codec(recipe: Recipe, run: Path) -> Codec:
+    """The tokenizer that a run was trained with. Raises FileNotFoundError where it is gone: one that was
+    trained anew might be another."""
+    tokenizer: Tokenizer = recipe.component("tokenizer")
+    folder = run / "tokenizer"
+    if folder.is_dir():
+        return _fitting(recipe, tokenizer.build(folder))
+    try:
+        return _fitting(recipe, tokenizer.build(None))
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(
+            f"'{run}' has no tokenizer: restore its directory 'tokenizer', as `lattice run` wrote it ({error})"
+        ) from error
+
+
+def _fitting(recipe: Recipe, codec: Codec) -> Codec:
+    """Raises RecipeError for a tokenizer that the model's table has no room for."""
     backbone: Backbone = recipe.component("backbone")
     vocabulary = backbone.shape.vocab_size
     if codec.vocab_size > vocabulary:
@@ -191,7 +210,7 @@ def evaluation_graph(
     precision: Precision = recipe.component("precision")
     parallel: Parallel = recipe.component("parallel")
     data: Data = recipe.component("data")
-    codec = open_codec(recipe, folder / "tokenizer")
+    codec = saved_codec(recipe, folder)
     return EvaluationSubject(
         model.to(on).eval(),
         codec,

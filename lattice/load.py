@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lattice.assemble import build_model, choose_device, evaluation_graph, open_codec
+from lattice.assemble import build_model, choose_device, evaluation_graph, saved_codec
 from lattice.model import LanguageModel
 from lattice.protocols import Checkpoint, Codec, EvaluationSubject
 from lattice.recipe import Recipe, load_recipe
@@ -76,7 +76,7 @@ def recipe_of(path: str | Path, *, overrides: Iterable[str] = (), trust_imports:
 def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:
     """The tokenizer that a run saved."""
     folder, _ = locate(Path(path))
-    return open_codec(recipe_of(folder, trust_imports=trust_imports), folder / "tokenizer")
+    return saved_codec(recipe_of(folder, trust_imports=trust_imports), folder)
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:

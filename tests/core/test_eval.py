@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -13,10 +14,11 @@ from lattice import harness
 from lattice.components.evaluator.documents import Documents
 from lattice.hf.export import export
 from lattice.lm_eval_model import LatticeLM
+from lattice.lm_eval_model import main as lm_eval_main
 from lattice.load import load_subject
 from lattice.prepare_eval import prepare_eval
 from lattice.run_folder import training_losses
-from tests.core.eval_runs import command, train
+from tests.core.eval_runs import RECIPE, command, train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
 
@@ -170,7 +172,7 @@ def test_eval_shows_and_keeps_what_it_found(runs, tasks, tmp_path, capsys):
 def test_held_out_text_at_other_counts(runs, tmp_path):
     out = tmp_path / "found.jsonl"
     counts = ["--thoughts", "1", "2", "--iterations", "1", "2"]
-    assert command("eval", runs["thinking"], *counts, "--limit", "2", "--out", out) == 0
+    assert command("eval", runs["thinking"], *counts, "--limit", "1", "--out", out) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(row["thoughts"], row["iterations"], row["evaluator"]) for row in rows} == {
         (thoughts, iterations, name)
@@ -248,6 +250,24 @@ def test_what_cannot_be_evaluated(runs, tasks, capsys, arguments, message):
     # lm-eval's own index is not read: the check is of names alone
     assert command("eval", runs["plain"], *arguments, *include) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_run_without_its_tokenizer(tmp_path, capsys):
+    """It is not trained again: that would be another one, without a word."""
+    backbone = {**RECIPE["backbone"], "vocab_size": 300}
+    train(tmp_path / "run", backbone=backbone, tokenizer={"kind": "bpe", "vocab_size": 300})
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    assert command("eval", tmp_path / "run") == 2
+    assert "has no tokenizer: restore its directory" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_on_the_command_line_of_lm_eval(runs, tasks, monkeypatch, capsys):
+    run = ["--model", "lattice", "--model_args", f"run={runs['thinking']},thoughts=1", "--device", "cpu"]
+    arguments = ["lm-eval", "run", *run, "--tasks", "choices", "--include_path", str(tasks)]
+    monkeypatch.setattr("sys.argv", arguments)
+    lm_eval_main()
+    assert "|choices|" in capsys.readouterr().out.replace(" ", "")
 
 
 def test_data_that_cannot_be_reached(runs, tasks, monkeypatch):
