@@ -112,7 +112,7 @@ def saved_codec(recipe: Recipe, run: Path) -> Codec:
         return _fitting(recipe, tokenizer.build(None))
     except (ValueError, OSError) as error:
         raise FileNotFoundError(
-            f"'{run}' has no tokenizer: restore its directory 'tokenizer', as `lattice run` wrote it ({error})"
+            f"'{run}' has no tokenizer: restore its directory 'tokenizer', from `lattice run`: {error}"
         ) from error
 
 

@@ -110,6 +110,8 @@ class Group:
             for key in (f"{evaluator}{LOSS}", f"{evaluator}_bits_per_byte"):
                 if all(key in run.summary for run in self.runs):
                     figures[key] = [run.summary[key] for run in self.runs]
+            curves = [run.curve(f"{evaluator}/loss") for run in self.runs]
+            figures[f"{evaluator}_curves"] = [list(zip(*curve, strict=True)) for curve in curves]
         return {
             **figures,
             "thoughts": self.thoughts,

@@ -48,10 +48,10 @@ def _tables(groups: Sequence[Group], evaluators: Sequence[str]) -> dict[str, lis
     byte_key = f"{evaluators[0]}_bits_per_byte"
     with_bytes = all(byte_key in run.summary for group in groups for run in group.runs)
     losses = [["arm", "seeds", *evaluators, *(["bits/byte"] if with_bytes else [])]]
-    costs = [["arm", "parameters", "in layers", "tokens", "train PFLOP", "infer MFLOP/tok", "tok/s", "MiB"]]
+    costs = [["arm", "params", "in layers", "tokens", "train PFLOP", "infer MFLOP", "tok/s", "MiB"]]
     for group in groups:
         reached = [_spread(group.of(f"{name}_loss")) for name in evaluators]
-        reached += [_spread(group.of(byte_key))] if with_bytes else []
+        reached += [f"{group.of(byte_key).mean:.4f}"] if with_bytes else []
         losses.append([group.name, str(len(group.runs)), *reached])
         ledger = group.costs
         costs.append(
