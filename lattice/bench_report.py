@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lattice import pictures
 from lattice.bench import Case, Options, bench
 from lattice.console import say, table
 from lattice.recipe import Recipe
@@ -112,12 +113,9 @@ def _work(row: Row, parts: list[str]) -> list[str]:
 def _picture(rows: Sequence[Row], path: Path) -> str:
     """Throughput and memory against the number of thoughts; says what came of it."""
     try:
-        import matplotlib as mpl
-    except ImportError:
-        return "; for a picture: pip install 'lattice[plot]'"
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+        pyplot = pictures.pyplot()
+    except pictures.NoMatplotlib as error:
+        return f"; {error}"
     measured = [row for row in rows if "error" not in row]
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for label in dict.fromkeys(row["recipe"] for row in measured):

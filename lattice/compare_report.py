@@ -15,6 +15,7 @@ from lattice import __version__, atomic, pictures
 from lattice.compare import Group, Run, Spread, check_comparable, evaluators_of, groups_of
 from lattice.console import say, table
 from lattice.recipe import Recipe
+from lattice.run_folder import leaves
 
 
 def report(
@@ -120,13 +121,6 @@ def _page(
 
 def _differences(base: Recipe, other: Recipe) -> list[str]:
     """Keys of the other recipe that are not the base's, as they would stand in a recipe."""
-    before, after = _leaves(base.table()), _leaves(other.table())
+    before, after = leaves(base.table()), leaves(other.table())
     changed = {key: value for key, value in after.items() if before.get(key) != value and key != "run.seed"}
     return [f"{key} = {json.dumps(value)}" for key, value in changed.items()]
-
-
-def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        leaves |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
-    return leaves

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lattice.compare import Group, Spread
-from lattice.run_folder import read_metrics
+from lattice.run_folder import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FLOPS = "FLOPs"
 SMOOTHED = 50
 """Steps over which a training curve is averaged."""
 
@@ -60,7 +59,7 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
             _curves(
                 groups,
                 evaluator,
-                f"training {FLOPS}",
+                "training FLOPs",
                 lambda group: group.costs.training_operations,
                 log=True,
             ),
@@ -70,7 +69,7 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
             _against(
                 groups,
                 evaluator,
-                f"inference {FLOPS} a token",
+                "inference FLOPs a token",
                 lambda group: group.costs.inference_operations,
             ),
         ),
@@ -167,7 +166,7 @@ def _style(index: int) -> dict[str, Any]:
 def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
     """Metrics of any runs, finished or not, against training tokens, one panel for each key; `loss` and every
     evaluator's loss if no keys are given. Raises ValueError for a key that no run has."""
-    rows = {folder: read_metrics(folder / "metrics.jsonl") for folder in folders}
+    rows = {folder: read_metrics(folder / METRICS) for folder in folders}
     known = {key for lines in rows.values() for row in lines for key, value in row.items() if _number(value)}
     wanted = keys or sorted(key for key in known if key == "loss" or key.endswith("/loss"))
     for key in wanted:

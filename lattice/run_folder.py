@@ -80,7 +80,7 @@ def read_table(folder: Path) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    before, after = _leaves(old), _leaves(new)
+    before, after = leaves(old), leaves(new)
     return [
         f"{key}: {before.get(key, 'unset')!r} there, {after.get(key, 'unset')!r} here"
         for key in sorted(before.keys() | after.keys())
@@ -88,11 +88,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The options of nested tables by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
-        leaves |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
-    return leaves
+        found |= leaves(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return found
 
 
 def provenance() -> str:

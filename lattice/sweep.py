@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from lattice import atomic, preflight
 from lattice.console import console, errors, say
 from lattice.interrupts import StopRequest
-from lattice.recipe import RecipeError
-from lattice.run_folder import METRICS, SUMMARY, locked
+from lattice.recipe import Recipe, RecipeError, load_recipe
+from lattice.run_folder import METRICS, SUMMARY, RunExists, check_same, locked
 from lattice.study import Arm, Study
 
 POLL_SECONDS = 0.5
@@ -48,6 +48,11 @@ class Job:
     @property
     def recipe(self) -> Path:
         return self.folder.with_name("arm.toml")
+
+    @property
+    def seeded(self) -> Recipe:
+        """The arm's recipe with this run's seed."""
+        return load_recipe(self.arm.recipe, [f"run.seed={self.seed}"])
 
     @property
     def finished(self) -> bool:
@@ -96,8 +101,8 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
     if at_once < 1:
         raise ValueError(f"jobs = {at_once}: must be at least 1")
     jobs = jobs_of(study, out)
+    _check(jobs)
     left = deque(job for job in jobs if not job.finished)
-    _check([job.arm for job in left])
     for job in left:
         atomic.write_file(job.recipe, job.arm.recipe.to_toml().encode())
     outcome = Outcome()
@@ -132,9 +137,16 @@ def show_failures(outcome: Outcome) -> None:
         errors.print(f"{name} failed: {last} (all of it in {log})", markup=False, soft_wrap=True)
 
 
-def _check(arms: Sequence[Arm]) -> None:
+def _check(jobs: Sequence[Job]) -> None:
+    """Raises RecipeError for arms that cannot be trained here, and for runs that are of another recipe than
+    their arm has now: what they reached is not this arm's."""
     problems: list[str] = []
-    for arm in {arm.name: arm for arm in arms}.values():
+    for job in jobs:
+        try:
+            check_same(job.folder, job.seeded)
+        except RunExists as error:
+            problems.append(f"arm '{job.arm.name}': {error}")
+    for arm in {job.arm.name: job.arm for job in jobs if not job.finished}.values():
         try:
             preflight.check(arm.recipe)
         except RecipeError as error:

@@ -158,9 +158,14 @@ def test_a_sweep_trains_compares_and_goes_on(tmp_path, capsys):
     assert 'recurrence.kind = "latent_thoughts"' in page.replace("&#34;", '"')
 
     before = (tmp_path / "out/plain/seed0/metrics.jsonl").stat().st_mtime_ns
-    path.write_text(tomli_w.dumps({"study": {"base": "base.toml"}, "arms": {"plain": {}}}))
+    write(tmp_path, {"plain": {}})
     assert command("sweep", path, "--out", "out") == 0  # nothing is left to do
     assert (tmp_path / "out/plain/seed0/metrics.jsonl").stat().st_mtime_ns == before
+    write(tmp_path, {"plain": {"optimizer": {"lr": 2e-2}}})
+    assert command("sweep", path, "--out", "out") == 2  # what that run reached is not this arm's
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "arm 'plain'" in said
+    assert "optimizer.lr: 0.01 there, 0.02 here" in said
 
 
 def test_an_interrupted_sweep_loses_nothing(tmp_path):
