@@ -1,11 +1,13 @@
-"""A training step of lattice beside one of the method's reference implementation, in turn on one machine.
+"""lattice beside the method's reference implementation, in turn on one machine: training steps, or decoding.
 
     python benchmarks/against_reference.py --reference FOLDER --python PYTHON [--thoughts 0 1 2 3]
+    python benchmarks/against_reference.py --reference FOLDER --python PYTHON --mode decode
 
 FOLDER is a checkout of LUMIA-Group/PonderLM-2, PYTHON the interpreter of an environment with its transformers
 (4.46) and the same torch; nothing of either is part of lattice. Both train Pythia-70m's shape with AdamW on
-batch x length tokens, three Jacobi refinements in every step, the same mathematics (tests/parity). Each is a
-process of its own that waits while another one works, so that all see the same machine.
+batch x length tokens, three Jacobi refinements in every step, the same mathematics (tests/parity); or decode
+32 tokens greedily after a prompt of 32, one row, with the shape of recipes/llama_125m.toml. Each is a process
+of its own that waits while another one works, so that all see the same machine.
 
 Prints medians and ratios with their quartiles, and the peak of each process above what it held before its
 model was built; appends a line for each arm to --out.
@@ -78,12 +80,15 @@ def measured(workers: dict[str, Worker], warm_up: int, repetitions: int) -> dict
 
 def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    common = [str(thoughts), precision, str(options.batch), str(options.length)]
+    decoding = options.mode == "decode"
+    batch = options.batch or (1 if decoding else 2)
+    length = options.length or (32 if decoding else 256)
+    common = [options.mode, str(thoughts), precision, str(batch), str(length)]
     reference = [options.python, str(HERE / "reference_worker.py"), str(options.reference), *common]
     workers = {"reference": Worker(reference, environment)}
-    arms = list(ARMS) if thoughts else ["jacobi"]
-    for name in arms:
-        ours = [sys.executable, str(HERE / "lattice_worker.py"), *common, *ARMS[name]]
+    arms: dict[str, list[str]] = {"lattice": []} if decoding else ARMS
+    for name in arms if thoughts else list(arms)[:1]:
+        ours = [sys.executable, str(HERE / "lattice_worker.py"), *common, *arms[name]]
         workers[name] = Worker(ours, environment)
     try:
         steps = measured(workers, options.warm_up, options.repetitions)
@@ -97,11 +102,12 @@ def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[
         rows.append(
             {
                 "benchmark": "against_reference",
+                "mode": options.mode,
                 "arm": name,
                 "thoughts": thoughts,
                 "precision": precision,
-                "batch": options.batch,
-                "length": options.length,
+                "batch": batch,
+                "length": length,
                 "threads": options.threads,
                 "repetitions": options.repetitions,
                 "seconds": statistics.median(one["seconds"] for one in taken),
@@ -133,7 +139,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{row['peak_mib']:,.0f}",
             ]
         )
-    table("a training step", columns, cells)
+    table("a step of training" if rows[0]["mode"] == "train" else "32 tokens decoded", columns, cells)
 
 
 def main() -> None:
@@ -144,8 +150,9 @@ def main() -> None:
     parser.add_argument("--python", required=True)
     parser.add_argument("--thoughts", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--mode", choices=["train", "decode"], default="train")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--length", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from worker_protocol import serve
+from worker_protocol import NEW_TOKENS, serve
 
 import lattice
 from lattice.draws import Draw
@@ -15,8 +15,13 @@ from lattice.draws import Draw
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def build() -> Callable[[], None]:
-    thoughts, precision, batch, length, *overrides = sys.argv[1:]
+def build() -> Callable[[], object]:
+    mode, *arguments = sys.argv[1:]
+    return (training if mode == "train" else decoding)(*arguments)
+
+
+def training(thoughts: str, precision: str, batch: str, length: str, *overrides: str) -> Callable[[], object]:
+    """A step of Pythia-70m's shape."""
     recipe = lattice.load_recipe(
         RECIPES / "pythia_70m_lt.toml",
         [
@@ -42,6 +47,17 @@ def build() -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
+
+
+def decoding(thoughts: str, precision: str, batch: str, length: str) -> Callable[[], object]:
+    """Greedy decoding after a prompt, the thoughts of both in sequence."""
+    recipe = lattice.load_recipe(RECIPES / "llama_125m_lt.toml", [f"recurrence.thoughts={thoughts}"])
+    model = lattice.build_model(recipe).eval()
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    ids_BL = torch.randint(50_000, (int(batch), int(length)), generator=torch.Generator().manual_seed(0))
+    # The reference finds the prompt's thoughts by its solver too, all tokens at once.
+    return lambda: lattice.generate(model, ids_BL, NEW_TOKENS, parallel_prefill=True)
 
 
 if __name__ == "__main__":

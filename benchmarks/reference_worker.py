@@ -6,22 +6,34 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPTNeoXConfig
-from worker_protocol import serve
+from transformers import GPTNeoXConfig, LlamaConfig
+from worker_protocol import NEW_TOKENS, serve
 
-MODEL = Path("src/llamafactory/model/modeling/modeling_gpt_neox.py")
+MODELS = Path("src/llamafactory/model/modeling")
 
 
 def build() -> Callable[[], None]:
-    folder, thoughts, precision, batch, length = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("reference", Path(folder) / MODEL)
+    folder, mode, *arguments = sys.argv[1:]
+    return (training if mode == "train" else decoding)(Path(folder), *arguments)
+
+
+def module(path: Path) -> Any:
+    """A file of the reference, imported."""
+    spec = importlib.util.spec_from_file_location("reference", path)
     assert spec is not None
     assert spec.loader is not None
     reference = importlib.util.module_from_spec(spec)
     sys.modules["reference"] = reference
     spec.loader.exec_module(reference)
+    return reference
+
+
+def training(folder: Path, thoughts: str, precision: str, batch: str, length: str) -> Callable[[], None]:
+    """A step of Pythia-70m's shape."""
+    reference = module(folder / MODELS / "modeling_gpt_neox.py")
     config = GPTNeoXConfig(
         hidden_size=512,
         num_hidden_layers=6,
@@ -47,6 +59,38 @@ def build() -> Callable[[], None]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def decoding(folder: Path, thoughts: str, precision: str, batch: str, length: str) -> Callable[[], None]:
+    """Greedy decoding after a prompt, of the shape of recipes/llama_125m.toml."""
+    reference = module(folder / MODELS / "modeling_llama.py")
+    config = LlamaConfig(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=2048,
+        vocab_size=50_304,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+    )
+    config.num_latent_thoughts, config.num_jacobi_iterations = int(thoughts), 3
+    config.random_jacobi_iterations, config.interpolation, config.scale_embeds = False, False, True
+    model = reference.LlamaForCausalLM(config).eval()
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    ids_BL = torch.randint(50_000, (int(batch), int(length)), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model.generate(
+            ids_BL,
+            attention_mask=torch.ones_like(ids_BL),
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
     return step
 

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+NEW_TOKENS = 32
+"""Tokens that a step of decoding adds to the prompt."""
+
 
 def status(name: str) -> float:
     """A size of this process in MiB, from Linux's /proc."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice import harness
-from lattice.console import say, table
+from lattice.console import errors, say, table
 from lattice.load import load_subject, locate, recipe_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
 from lattice.recipe import Recipe
@@ -118,7 +118,8 @@ def _figures(
     if wanted.held_out:
         evaluators: dict[str, Evaluator] = recipe.named("evaluator")
         for name, one in evaluators.items():
-            found = one.evaluate(subject)
+            with errors.status(name):
+                found = one.evaluate(subject)
             numbers = {key: value for key, value in found.items() if not isinstance(value, str)}
             if numbers:
                 yield name, numbers
