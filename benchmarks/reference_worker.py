@@ -75,6 +75,7 @@ def decoding(folder: Path, thoughts: str, precision: str, batch: str, length: st
         max_position_embeddings=2048,
         attn_implementation="sdpa",
     )
+    config.recurrent_model = True
     config.num_latent_thoughts, config.num_jacobi_iterations = int(thoughts), 3
     config.random_jacobi_iterations, config.interpolation, config.scale_embeds = False, False, True
     model = reference.LlamaForCausalLM(config).eval()
