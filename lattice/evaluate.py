@@ -10,9 +10,10 @@ from typing import Any
 
 from lattice import harness
 from lattice.console import errors, say, table
-from lattice.load import load_subject, locate, recipe_of
+from lattice.load import locate, recipe_of, subject_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
 from lattice.recipe import Recipe
+from lattice.thought_counts import counted
 
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
@@ -79,18 +80,9 @@ def evaluate(
     path = out or folder / RESULTS
     changes = [*overrides, *wanted.overrides]
     recipe = recipe_of(run, overrides=changes, trust_imports=trust_imports)
-    subjects = (
-        load_subject(
-            run,
-            thoughts=count,
-            iterations=iterated,
-            overrides=changes,
-            device=device,
-            trust_imports=trust_imports,
-        )
-        for count, iterated in settings
-    )
-    for (count, iterated), subject in zip(settings, subjects, strict=True):
+    recipes = [counted(recipe, *setting) for setting in settings]  # all of them before the first is loaded
+    for (count, iterated), with_counts in zip(settings, recipes, strict=True):
+        subject = subject_of(run, with_counts, device=device)
         setting = {"thoughts": count, "iterations": iterated}
         shown = {name: value for name, value in setting.items() if value is not None}
         values: dict[str, float] = {}

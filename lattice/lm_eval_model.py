@@ -17,11 +17,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from rich.progress import track
-from torch.nn.utils.rnn import pad_sequence
 
 from lattice.console import errors
 from lattice.generate import Sampling
 from lattice.load import load_subject
+from lattice.padding import padded
 from lattice.protocols import EvaluationSubject
 from lattice.text_generation import complete
 
@@ -119,12 +119,8 @@ class LatticeLM(TemplateLM):
     @torch.no_grad()
     def _hidden(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Hidden states (B, L, D) that predict, rows padded on the right."""
-        ids_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        lengths_B1 = torch.tensor([[len(row)] for row in rows])
-        real_BL = torch.arange(ids_BL.shape[1]) < lengths_B1
-        mask = None if bool(real_BL.all()) else real_BL.long().to(self.subject.device)
         with self.subject.autocast():
-            return self.model.hidden_states(ids_BL.to(self.subject.device), mask)
+            return self.model.hidden_states(*padded(rows, self.subject.device))
 
     @torch.no_grad()
     def _score(self, hidden_LD: torch.Tensor, scored: list[int]) -> tuple[float, bool]:

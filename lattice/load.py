@@ -11,7 +11,7 @@ from lattice.protocols import Checkpoint, Codec, EvaluationSubject
 from lattice.recipe import Recipe, load_recipe
 from lattice.run_folder import RECIPE, read_table
 from lattice.state import weights
-from lattice.thought_counts import with_iterations, with_thoughts
+from lattice.thought_counts import counted
 
 
 def load(
@@ -45,12 +45,13 @@ def load_subject(
     """A run, or one of its checkpoints, ready for evaluators: its model with `thoughts` and `iterations` in
     place of the recipe's if given, its tokenizer, its data, and the precision it was trained in. The data is
     opened when it is first asked for. Raises as `load`, and ValueError for a count that cannot be had."""
+    recipe = recipe_of(path, overrides=overrides, trust_imports=trust_imports)
+    return subject_of(path, counted(recipe, thoughts, iterations), device=device)
+
+
+def subject_of(path: str | Path, recipe: Recipe, *, device: str = "auto") -> EvaluationSubject:
+    """As `load_subject`, with a recipe in place of the run's own: its model must have the same weights."""
     folder, _ = locate(Path(path))
-    recipe = recipe_of(folder, overrides=overrides, trust_imports=trust_imports)
-    if thoughts is not None:
-        recipe = with_thoughts(recipe, thoughts)
-    if iterations is not None:
-        recipe = with_iterations(recipe, iterations)
     return evaluation_graph(recipe, folder, *_load(Path(path), recipe), device=device)
 
 

@@ -39,6 +39,13 @@ def with_iterations(recipe: Recipe, count: int) -> Recipe:
     return load_recipe({**recipe.table(), "recurrence": table})
 
 
+def counted(recipe: Recipe, thoughts: int | None, iterations: int | None) -> Recipe:
+    """The same recipe with these counts; None leaves one as it is. Raises ValueError as the two above."""
+    if thoughts is not None:
+        recipe = with_thoughts(recipe, thoughts)
+    return recipe if iterations is None else with_iterations(recipe, iterations)
+
+
 def thoughts_of(recipe: Recipe) -> int | None:
     """How often a recipe thinks before each token; None of a recurrence without such a count."""
     recurrence: Recurrence = recipe.component("recurrence")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from lattice.padding import padded
 from lattice.protocols import EvaluationSubject, Evaluator
 from lattice.registry import register
 
@@ -82,15 +83,12 @@ class Documents(Evaluator):
         total, order = 0.0, sorted(windows, key=lambda window: len(window[0]), reverse=True)
         for at in range(0, len(order), self.batch):
             rows = order[at : at + self.batch]
-            ids_BL = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+            ids_BL, mask_BL = padded([ids for ids, _ in rows], subject.device)
             targets_BL = pad_sequence(
                 [torch.tensor(targets) for _, targets in rows], batch_first=True, padding_value=IGNORED
             )
-            lengths_B1 = torch.tensor([[len(ids)] for ids, _ in rows])
-            real_BL = torch.arange(ids_BL.shape[1]) < lengths_B1
-            mask = None if bool(real_BL.all()) else real_BL.long().to(subject.device)
             with subject.autocast():
-                output = subject.model(ids_BL.to(subject.device), mask, targets=targets_BL.to(subject.device))
+                output = subject.model(ids_BL, mask_BL, targets=targets_BL.to(subject.device))
             assert output.loss_sum is not None
             total += float(output.loss_sum)
         return total

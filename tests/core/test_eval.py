@@ -252,6 +252,12 @@ def test_what_cannot_be_evaluated(runs, tasks, capsys, arguments, message):
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_counts_are_checked_before_anything_is_computed(runs, tmp_path):
+    out = tmp_path / "found.jsonl"
+    assert command("eval", runs["plain"], "--thoughts", 0, 1, "--limit", 1, "--out", out) == 2
+    assert not out.exists()
+
+
 def test_a_run_without_its_tokenizer(tmp_path, capsys):
     """It is not trained again: that would be another one, without a word."""
     backbone = {**RECIPE["backbone"], "vocab_size": 300}
