@@ -12,6 +12,7 @@ import json
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,13 @@ class DcpCheckpointer(Checkpointer):
         self._keep = keep
         self._asynchronous = asynchronous
         self._rank = _rank()
-        self._group = _own_group()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
+
+    @cached_property
+    def _group(self) -> ProcessGroup | None:
+        """Made by the first save or load, which all ranks call: rank 0 alone may look at what is there."""
+        return _own_group()
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
         """`tensors` (nested dicts) are copied before this returns and may then be changed. Waits for the

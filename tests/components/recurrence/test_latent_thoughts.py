@@ -17,7 +17,7 @@ from lattice.protocols import Shape
 from lattice.testing.counted import slots_of
 
 VOCABULARY = 29
-SHAPE = Shape(hidden_size=16, num_layers=2, vocab_size=VOCABULARY, context=32)
+SHAPE = Shape(hidden_size=16, num_layers=2, vocab_size=VOCABULARY, context=32, splits=2)
 BACKBONES = {
     "gpt_neox": {
         "kind": "gpt_neox",
