@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
@@ -86,6 +86,7 @@ class Sharded(Spread):
             root.set_requires_all_reduce(last)
         yield
 
+    @torch.no_grad()
     def finish(self) -> None:
         if self._once:
             for unit in self._units:
@@ -96,7 +97,8 @@ class Sharded(Spread):
         flat_N = parameters_to_vector(gradients)
         for group in self._groups:
             dist.all_reduce(flat_N, group=group)
-        vector_to_parameters(flat_N, gradients)
+        for gradient, summed in zip(gradients, flat_N.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
     @contextmanager
     def whole(self) -> Iterator[None]:
