@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
+class Agreed(ValueError):
+    """Raised by all ranks alike: one on each host tells."""
+
+
+class Elsewhere(ValueError):
+    """Another rank failed, and tells."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """A process's place among those that were launched together."""
@@ -32,6 +40,10 @@ class Launch:
             local_size=local_size,
             attempt=_number(given, "TORCHELASTIC_RESTART_COUNT", 0),
         )
+
+    def tells(self, error: Exception) -> bool:
+        """Whether an error is this process's to tell."""
+        return not isinstance(error, Elsewhere) and (self.local_rank == 0 or not isinstance(error, Agreed))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, below: int | None = None) -> int:

@@ -23,14 +23,16 @@ from lattice.assemble import TrainingGraph, choose_device, training_graph
 from lattice.console import Training, only_first, say
 from lattice.draws import Draw
 from lattice.interrupts import StopRequest
-from lattice.launch import Launch
+from lattice.launch import Agreed, Launch
 from lattice.protocols import Batch, MetricWriter
+from lattice.rank_log import RankLog
 from lattice.recipe import Recipe, RecipeError, load_recipe
 from lattice.sharded import clip_gradients
+from lattice.watch import Watch
 from lattice.world import World, joined
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(Agreed):
     """The loss or a gradient is no number; nothing was updated with it."""
 
 
@@ -65,6 +67,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
     with ExitStack() as stack:
         world.from_first(lambda: stack.enter_context(run_folder.locked(folder)))
         world.from_first(lambda: run_folder.check_same(folder, recipe))
+        log = stack.enter_context(RankLog(folder, world))
         graph = training_graph(recipe, folder, world=world, device=device, gathered_fits=gathered_fits)
         # Only now: a recipe whose parts do not fit leaves no run behind.
         world.from_first(lambda: run_folder.open_run(folder, recipe))
@@ -82,7 +85,9 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
         ranks = f" and {world.size - 1} other ranks" if world.size > 1 else ""
         say(f"{parameters:,} parameters on {graph.device}{ranks}; the run's directory is '{folder}'")
-        return Loop(graph, resumed["step"], resumed["seconds"]).run()
+        log.event("ready", step=resumed["step"])
+        watch = stack.enter_context(Watch(folder, world, recipe.run.timeout, log).on())
+        return Loop(graph, resumed["step"], resumed["seconds"], watch).run()
 
 
 def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -101,8 +106,9 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 class Loop:
     """One part of a run, from a checkpoint or the start to the end or an interruption."""
 
-    def __init__(self, graph: TrainingGraph, first: int, seconds_before: float) -> None:
+    def __init__(self, graph: TrainingGraph, first: int, seconds_before: float, watch: Watch) -> None:
         self.graph = graph
+        self.watch = watch
         self.run_options = graph.recipe.run
         self.first = first
         self.started = time.perf_counter() - seconds_before
@@ -118,10 +124,13 @@ class Loop:
             steps = graph.source.steps(self.first)
             graph.model.train()
             for done in range(self.first + 1, options.steps + 1):
+                self.watch.at(done, "data")
                 row = self._step(done, next(steps))
+                self.watch.at(done, "log")
                 self._log(row)
                 shown.step(row)
                 self._evaluate(done, shown)
+                self.watch.at(done, "log")
                 stopping = self._agreed(stop)
                 if done % graph.checkpoint_every == 0 or done == options.steps or stopping:
                     self._save(done)
@@ -143,7 +152,9 @@ class Loop:
         lr = graph.peak_lr * graph.schedule.factor(done - 1, self.run_options.steps)
         for group in graph.optimizer.param_groups:
             group["lr"] = lr
+        self.watch.at(done, "passes")
         losses, telemetry = self._forward_backward(done, batches)
+        self.watch.at(done, "update")
         limit = math.inf if graph.grad_clip is None else graph.grad_clip
         grad_norm = clip_gradients(graph.model.parameters(), limit)
         loss = sum(losses) / graph.world.together
@@ -212,6 +223,7 @@ class Loop:
             name for name, one in graph.evaluators.items() if last or (one.every and done % one.every == 0)
         ]
         for name in due:
+            self.watch.at(done, "evaluation")
             graph.model.eval()
             with graph.spread.whole():
                 self.results[name] = graph.evaluators[name].evaluate(graph.subject(done))
@@ -221,6 +233,7 @@ class Loop:
             shown.evaluation(name, done, self.results[name])
 
     def _save(self, done: int) -> None:
+        self.watch.at(done, "checkpoint")
         facts = state.facts(self.graph, done, time.perf_counter() - self.started)
         self.graph.checkpointer.save(done, state.tensors(self.graph), facts)
 

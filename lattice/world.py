@@ -14,17 +14,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lattice.launch import Launch
+from lattice.launch import Agreed, Elsewhere, Launch
 
 T = TypeVar("T")
 
 
-class Elsewhere(ValueError):
-    """Another rank failed, and reports it itself."""
-
-
-class Disagreement(ValueError):
-    """Ranks are about to do different things; all know it."""
+class Disagreement(Agreed):
+    """Ranks are about to do different things."""
 
 
 class World:
@@ -63,12 +59,12 @@ class World:
         flat = [sum(column) / self.size for column in zip(*self.gather(values.flatten().tolist()), strict=True)]
         return torch.tensor(flat, dtype=torch.float64).view(values.shape).tolist()
 
-    def all(self, value: str) -> list[str]:
-        """The texts of all ranks, by rank."""
-        texts: list[str] = [value] * self.size
+    def all(self, value: T) -> list[T]:
+        """What every rank gives, by rank."""
+        values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(texts, value)
-        return texts
+            dist.all_gather_object(values, value)
+        return values
 
     def agree(self, what: str, value: str) -> None:
         """Raises ValueError, on all ranks, where some rank has another value than rank 0."""
