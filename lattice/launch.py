@@ -50,5 +50,7 @@ def _number(environment: Mapping[str, str], name: str, default: int, below: int 
     text = environment.get(name, str(default))
     if not text.isdecimal() or (below is not None and int(text) >= below):
         limit = "" if below is None else f" below {below}"
-        raise ValueError(f"environment variable {name} = '{text}': must be a number{limit}, as torchrun sets it")
+        raise ValueError(
+            f"environment variable {name} = '{text}': must be a number{limit}, as torchrun sets it"
+        )
     return int(text)

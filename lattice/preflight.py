@@ -31,7 +31,11 @@ def together(recipe: Recipe, launch: Launch) -> int:
 
 
 def check(
-    recipe: Recipe, folder: Path | None = None, *, world: World | None = None, device: torch.device | None = None
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    world: World | None = None,
+    device: torch.device | None = None,
 ) -> bool | None:
     """Raises RecipeError with everything that keeps this recipe from training here, on the ranks of `world`,
     in the run's directory `folder` if given: a run that goes on needs no weights to start from.
@@ -98,9 +102,7 @@ def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[st
         where += f", for each of {world.launch.local_size} ranks," if world.launch.local_size > 1 else ""
     parallel: Parallel = recipe.component("parallel")
     alone, complete = _predicted(recipe, world, present)
-    of_rank = {
-        gathered: parallel.memory(alone, world.size, gathered=gathered) for gathered in (False, True)
-    }
+    of_rank = {gathered: parallel.memory(alone, world.size, gathered=gathered) for gathered in (False, True)}
     needed = min(memory.total for memory in of_rank.values())
     if needed <= present:
         return [], of_rank[True].total <= present if complete else None

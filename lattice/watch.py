@@ -107,12 +107,16 @@ def culprits(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]
     """Which ranks the others wait for, from what all wrote at two moments."""
     silent = [rank for rank in after if rank != me and after[rank]["count"] == before[rank]["count"]]
     if silent:
-        return "; ".join(f"rank {rank} is stopped, gone or cut off, since {_place(after[rank])}" for rank in silent)
+        return "; ".join(
+            f"rank {rank} is stopped, gone or cut off, since {_place(after[rank])}" for rank in silent
+        )
     places = {rank: (beat["step"], PHASES.index(beat["phase"])) for rank, beat in after.items()}
     first = min(places.values())
     behind = [rank for rank, place in places.items() if place == first]
     if len(behind) == len(places):
-        return f"all ranks wait at the same place, {_place(after[me])}: for the network, or for different things"
+        return (
+            f"all ranks wait at the same place, {_place(after[me])}: for the network, or for different things"
+        )
     return "; ".join(f"rank {rank} hangs at {_place(after[rank])}" for rank in behind)
 
 

@@ -56,7 +56,9 @@ class World:
 
     def mean(self, values: torch.Tensor) -> Any:
         """Over all ranks: a number for a scalar, a list for a vector."""
-        flat = [sum(column) / self.size for column in zip(*self.gather(values.flatten().tolist()), strict=True)]
+        flat = [
+            sum(column) / self.size for column in zip(*self.gather(values.flatten().tolist()), strict=True)
+        ]
         return torch.tensor(flat, dtype=torch.float64).view(values.shape).tolist()
 
     def all(self, value: T) -> list[T]:

@@ -41,9 +41,7 @@ def shard_matrices(model: LanguageModel, mesh: DeviceMesh, site: Site, *, once: 
     vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     cast_to = None if site.weights == torch.float32 else site.weights
     # What goes into a layer is not cast: the residual stream keeps its precision.
-    policy = MixedPrecisionPolicy(
-        param_dtype=cast_to, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=cast_to, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.decoder.blocks:
         fully_shard(
             block, mesh=mesh, mp_policy=policy, reshard_after_forward=not once, ignored_params=vectors
@@ -73,7 +71,9 @@ class Sharded(Spread):
         self._units = _units(model)
         self._once = once
         mesh = cast("DTensor", model.decoder.embedding.weight).device_mesh
-        self._groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
+        self._groups = [
+            mesh.get_group(dimension) for dimension in range(mesh.ndim) if mesh.size(dimension) > 1
+        ]
         self._vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
 
     @contextmanager

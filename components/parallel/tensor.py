@@ -7,7 +7,12 @@ from typing import Literal
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from lattice.components.parallel._sharding import Sharded, shard_matrices, sharded_memory
 from lattice.memory import StepMemory
@@ -78,6 +83,7 @@ def _divide(model: LanguageModel, mesh: DeviceMesh) -> None:
     for block in model.decoder.blocks:
         linears = [(name, one) for name, one in block.named_modules() if isinstance(one, nn.Linear)]
         plan: dict[str, ParallelStyle] = {
-            name: RowwiseParallel() if id(linear) in writers else ColwiseParallel() for name, linear in linears
+            name: RowwiseParallel() if id(linear) in writers else ColwiseParallel()
+            for name, linear in linears
         }
         parallelize_module(block, mesh, plan)
