@@ -123,13 +123,13 @@ def test_a_pickle_in_the_checkpoint_is_never_executed(
 def test_a_sealed_pickle_is_not_executed_either(
     saved: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lattice.components.checkpoint._manifest import seal
+    from lattice.components.checkpoint._manifest import entries, seal
 
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     latest = tmp_path / "step-00000002"
     (latest / FILES[0]).write_bytes(pickle.dumps(Bomb()))
     (latest / "manifest.json").unlink()
-    seal(latest, 2)
+    seal(latest, 2, entries(latest.iterdir()))
     with pytest.raises(CorruptCheckpoint, match="no safetensors file"):
         saved.load(latest, tensors(0))
     assert not (tmp_path / "exploded").exists()
@@ -195,7 +195,7 @@ def poll_until_it_fails(checkpointer: Checkpointer) -> None:
 
 
 def test_an_error_surfaces_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, step: int) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpointer = DcpCheckpoint().build(tmp_path)
