@@ -156,8 +156,8 @@ class DcpCheckpointer(Checkpointer):
             last = (
                 f"the last good one is step {step_of(good)} in {good}" if good else "there is no earlier one"
             )
-        except OSError as error:
-            last = f"what there is cannot be read: {error.strerror}"
+        except OSError as unreadable:
+            last = f"what there is cannot be read: {unreadable.strerror}"
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         error = OSError(f"checkpoint of step {step} could not be saved: {reason} ({self._folder}); {last}")
         error.errno = getattr(cause, "errno", None)
