@@ -55,12 +55,11 @@ def entries(paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def seal(folder: Path, step: int, files: dict[str, Any]) -> None:
-    """Writes the manifest of `files`; on return it is on the disk. Raises OSError where the tensor files are
-    others than those it lists."""
-    found = {path.name for path in folder.glob("*.safetensors")}
-    listed = {name for name in files if name.endswith(".safetensors")}
-    if found != listed:
-        raise OSError(f"{', '.join(sorted(found ^ listed))} in {folder}: written and found differ")
+    """Writes the manifest of `files`; on return it is on the disk. Raises OSError for a tensor file that is
+    not among them."""
+    for found in sorted(folder.glob("*.safetensors")):  # may lack what others wrote just now, if shared
+        if found.name not in files:
+            raise OSError(f"{found} was written by nobody")
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=1))
     sync(manifest)

@@ -25,7 +25,8 @@ class Ranks:
     """All ranks of the job; one where torch.distributed is not in use.
 
     They talk over a gloo group of their own, so that training may use the others meanwhile. Every method is
-    called by all ranks, in the same order, by one thread of a rank at a time.
+    called by all ranks, in the same order, by one thread of a rank at a time. Raises OSError where the ranks
+    do not reach each other, and from then on at once: who asked on would wait for ranks that are elsewhere.
     """
 
     def __init__(self) -> None:
@@ -36,13 +37,32 @@ class Ranks:
         if dist.is_available() and dist.is_initialized():
             self.group = dist.new_group(backend="gloo")
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._lost = ""
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""
+        return [value] if self.group is None else self._talk(self._gathered, value)
+
+    def first(self, value: Any) -> Any:
+        """The value of rank 0."""
+        return value if self.group is None else self._talk(self._broadcast, value)
+
+    def lost(self, error: Exception) -> OSError:
+        """What is raised from now on, after `error` in a collective of this group."""
+        self._lost = self._lost or f"the ranks do not reach each other: {error}"
+        return OSError(self._lost)
+
+    def _talk(self, collective: Callable[[Any], T], value: Any) -> T:
+        if self._lost:
+            raise OSError(self._lost)
+        try:
+            return collective(value)
+        except RuntimeError as error:
+            raise self.lost(error) from error
+
+    def _gathered(self, value: Any) -> list[Any]:
         import torch.distributed as dist
 
-        if self.group is None:
-            return [value]
         message = _encoded(value)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self.group)
@@ -52,12 +72,9 @@ class Ranks:
         dist.all_gather(messages, padded, group=self.group)
         return [_decoded(one[: int(length)]) for one, length in zip(messages, lengths, strict=True)]
 
-    def first(self, value: Any) -> Any:
-        """The value of rank 0."""
+    def _broadcast(self, value: Any) -> Any:
         import torch.distributed as dist
 
-        if self.group is None:
-            return value
         message = _encoded(value if self.rank == 0 else None)
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, group=self.group)

@@ -34,7 +34,7 @@ class Saving:
         with self._lock:
             try:
                 begun = ranks.gather(self._polls)
-            except Exception:  # a rank is gone, and the job with it
+            except OSError:  # a rank is gone, and the job with it
                 begun = [self._polls]
             self._due = max(begun) + 1
         self.outcome.set_exception(error)

@@ -42,8 +42,8 @@ FACTS = "facts.json"
 class DcpCheckpoint(Checkpoint):
     """Sharded safetensors checkpoints, written beside the training, whole or not at all.
 
-    Saved on any number of ranks in any layout, loaded on any other. Needs room for one checkpoint more than
-    are kept on the disk and, on each rank, for one copy of its part of the state in CPU memory."""
+    Saved by any number of ranks in any layout, loaded by any other. Needs room on the disk for one checkpoint
+    more than are kept and in CPU memory for one copy of what a rank holds."""
 
     every: int = 1000
     """Steps between checkpoints."""
@@ -121,7 +121,8 @@ class DcpCheckpointer(Checkpointer):
         """In the worker thread: from tensors being written to a complete checkpoint."""
         writing = _folder.writing_path(self._folder, step)
         try:
-            mine = self._ranks.together(lambda: self._finish_mine(writing, tensors_written, facts))
+            self._await(tensors_written)
+            mine = self._ranks.together(lambda: self._finish_mine(writing, facts))
             files = {name: entry for one in self._ranks.gather(mine) for name, entry in one.items()}
             self._ranks.from_first(lambda: self._publish(writing, step, files))
             saving.outcome.set_result(None)
@@ -130,14 +131,19 @@ class DcpCheckpointer(Checkpointer):
             explained.__cause__ = error
             saving.fail(self._ranks, explained)
 
-    def _finish_mine(self, writing: Path, tensors_written: Future[Any], facts: str) -> dict[str, Any]:
-        """Until this rank's files are on the disk; returns what the manifest says of them."""
+    def _await(self, tensors_written: Future[Any]) -> None:
+        """Until all ranks have written. Raises what the first to fail raised."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
             tensors_written.result()
-        except CheckpointException as error:  # no Exception; it lists the failures by rank
+        except CheckpointException as error:  # on all ranks; no Exception; it lists the failures by rank
             raise next(cause for cause, _ in error.failures.values()) from error
+        except Exception as error:  # in between what DCP agrees on
+            raise self._ranks.lost(error) from error
+
+    def _finish_mine(self, writing: Path, facts: str) -> dict[str, Any]:
+        """Until this rank's files are on the disk; returns what the manifest says of them."""
         mine = written_files(writing, self._ranks)
         if self._ranks.rank == 0:
             mine.append(writing / FACTS)
@@ -149,19 +155,26 @@ class DcpCheckpointer(Checkpointer):
         _folder.publish(writing, step, self._options.keep, self._options.keep_every)
 
     def _explained(self, step: int, cause: Exception) -> OSError:
+        """On all ranks, in rank 0's words."""
+        last = self._last_good() if self._ranks.rank == 0 else ""
         try:
-            if self._ranks.rank == 0:
-                _folder.clean(self._folder)
-            good = next(iter(_folder.candidates(self._folder)), None)
-            last = (
-                f"the last good one is step {step_of(good)} in {good}" if good else "there is no earlier one"
-            )
-        except OSError as unreadable:
-            last = f"what there is cannot be read: {unreadable.strerror}"
+            last = self._ranks.first(last)
+        except OSError:  # a rank is gone
+            last = last or self._last_good()
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         error = OSError(f"checkpoint of step {step} could not be saved: {reason} ({self._folder}); {last}")
         error.errno = getattr(cause, "errno", None)
         return error
+
+    def _last_good(self) -> str:
+        """Says so, after a failed save, of which rank 0 removes the remains."""
+        try:
+            if self._ranks.rank == 0:
+                _folder.clean(self._folder)
+            good = next(iter(_folder.candidates(self._folder)), None)
+        except OSError as error:
+            return f"what there is cannot be read: {error.strerror}"
+        return f"the last good one is step {step_of(good)} in {good}" if good else "there is no earlier one"
 
     def candidates(self) -> list[Path]:
         self._settle()

@@ -25,7 +25,7 @@ def tensors(value: float) -> dict[str, Any]:
 
 
 def train(rank: int, size: int, folder: Path, saved: Any) -> None:
-    """Without end: a collective as in a step, then a checkpoint. `saved` is the last step known to be safe."""
+    """Without end: a collective as in a step, then a checkpoint. `saved` is the last step that is safe."""
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -63,7 +63,9 @@ def test_a_killed_job_loses_no_checkpoint(tmp_path: Path) -> None:
     chance, counts = random.Random(0), Counter[str]()
     saved = rank_processes.CONTEXT.Value("q", 0)
     folder = tmp_path / "checkpoints"
-    for _ in range(int(os.environ.get("KILLS", "7"))):
+    trials = int(os.environ.get("KILLS", "6"))
+    while counts["trials"] < trials or not counts["while saving"]:
+        assert counts["trials"] < 20 * trials
         size, before = chance.choice([1, 2, 2, 3]), saved.value
         processes = rank_processes.start(train, size, folder, saved, folder=tmp_path)
         deadline = time.monotonic() + 60
@@ -84,4 +86,3 @@ def test_a_killed_job_loses_no_checkpoint(tmp_path: Path) -> None:
         counts["while saving"] += unfinished
         saved.value = last
     print(dict(counts), f"{saved.value} steps")
-    assert counts["while saving"] > 0  # the kills did strike then

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import rank_processes
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,11 +44,12 @@ def mesh(*sizes: int) -> Any:
 
 
 def fully_shard(model: nn.Module, over: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for layer in model.decoder.blocks:  # type: ignore[union-attr]
-        fully_shard(layer, mesh=over)
-    fully_shard(model, mesh=over)
+        fully_shard(layer, mesh=over, mp_policy=rounded)
+    fully_shard(model, mesh=over, mp_policy=rounded)
 
 
 def tensor_parallel(model: nn.Module, over: Any) -> None:
@@ -121,6 +123,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def save(one: Any, folder: Path) -> None:
     checkpointer = DcpCheckpoint().build(folder)
+    torch.manual_seed(70 + (dist.get_rank() if dist.is_initialized() else 0))
     checkpointer.save(2, state.tensors(one), state.facts(one, 2, 0.0))
     checkpointer.wait()
 
@@ -141,13 +144,18 @@ def loaded(folder: Path, saved: str, layout: str, size: int) -> Any:
         facts = state.resume(one)
     assert facts is not None
     assert facts["step"] == 2
+    assert torch.initial_seed() == 70  # rank 0's random state
     assert_same(whole(one), load_file(folder / "after_2.safetensors"))
     return one
 
 
 def save_and_load(rank: int, size: int, folder: Path, saves: list[str], loads: list[tuple[str, str]]) -> None:
     for layout in saves:
-        save(loaded(folder, "alone", layout, size), folder / layout)
+        one = loaded(folder, "alone", layout, size)
+        if layout in ("fsdp", "hsdp"):  # leaves weights gathered, as rounded copies under the same names
+            one.model(torch.zeros(1, 4, dtype=torch.int64))
+            assert any(p.dtype == torch.bfloat16 for p in one.model.parameters())
+        save(one, folder / layout)
     for saved, layout in loads:
         one = loaded(folder, saved, layout, size)
     if loads:
