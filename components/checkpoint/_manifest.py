@@ -88,13 +88,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        entries = manifest["files"].items()
-        files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in entries}
+        listed = manifest["files"].items()
+        files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in listed}
         version, step = manifest["format"], manifest["step"]
     except FileNotFoundError:
         raise CorruptCheckpoint(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    for name in files:
+        if name != Path(name).name or "\0" in name:
+            raise CorruptCheckpoint(f"{path} lists {name!r}, which is not the name of a file beside it")
     if version != 1:
         raise CorruptCheckpoint(f"{path}: format {version} is unknown to this version, which knows format 1")
     if step != step_of(folder):

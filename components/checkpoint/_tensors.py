@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,16 +48,16 @@ def _leaves(tensors: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def start_writing(path: Path, flat: dict[str, Tensor], ranks: Ranks) -> Future[Any]:
-    """Copies the tensors and starts writing the copy. On return they may be changed.
+def prepare_writing(path: Path, flat: dict[str, Tensor], ranks: Ranks) -> Callable[[], None]:
+    """Copies the tensors, which may then be changed, and returns what writes the copy when it is called.
 
-    With several ranks every rank calls this and writes its own shards, and the future resolves on all once
-    the last one has written; of tensors that all ranks hold whole, one rank writes each.
+    Every rank calls it and writes its own shards; it returns on all once the last one has written. Of tensors
+    that all ranks hold whole, one rank writes each.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import async_save
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    # A filter rather than `catch_warnings`: DCP warns in its own thread, and the context manager would swap
+    # A filter rather than `catch_warnings`: this is for another thread, and the context manager would swap
     # the filters of all threads.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     alone = ranks.group is None
@@ -68,8 +67,12 @@ def start_writing(path: Path, flat: dict[str, Tensor], ranks: Ranks) -> Future[A
         thread_count=1,
         save_distributed=not alone,
     )
-    saving = async_save(flat, storage_writer=writer, process_group=ranks.group, no_dist=alone)
-    return cast("Future[Any]", saving)
+    copy = writer.stage(cast("dict[str, Any]", flat))
+
+    def write() -> None:
+        save(copy, storage_writer=writer, process_group=ranks.group, no_dist=alone)
+
+    return write
 
 
 def written_files(path: Path, ranks: Ranks) -> list[Path]:

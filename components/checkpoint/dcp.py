@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import threading
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lattice.components.checkpoint._manifest import (
 )
 from lattice.components.checkpoint._ranks import Ranks
 from lattice.components.checkpoint._saving import Saving
-from lattice.components.checkpoint._tensors import flatten, prepare_reading, start_writing, written_files
+from lattice.components.checkpoint._tensors import flatten, prepare_reading, prepare_writing, written_files
 from lattice.protocols import Checkpoint, Checkpointer
 from lattice.registry import register
 
@@ -75,14 +76,15 @@ class DcpCheckpointer(Checkpointer):
     writes its shards, hashes what it wrote, and verifies its share of the files when loading; rank 0 seals
     and names the directory once all have written. What fails on one rank fails on all with the same
     exception: `save`, `wait`, `load`, `load_latest` and `candidates` at that call, and of the calls of `poll`
-    the same one on every rank, which is why all count them.
+    the same one on every rank, which is why all count them. Where a rank is gone, its neighbours notice; the
+    others do when those end, so a rank that has failed ends without `wait`. In any other case `wait` comes
+    last: a save does not outlive the process.
     """
 
     def __init__(self, folder: Path, options: DcpCheckpoint) -> None:
         self._folder = folder
         self._options = options
         self._ranks = Ranks()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Saving | None = None
         self._used = False
 
@@ -99,10 +101,11 @@ class DcpCheckpointer(Checkpointer):
             self._ranks.from_first(self._tidy)
         except OSError as error:
             raise self._explained(step, error) from error
-        writing = _folder.writing_path(self._folder, step)
-        tensors_written = start_writing(writing, flat, self._ranks)
+        write = prepare_writing(_folder.writing_path(self._folder, step), flat, self._ranks)
         self._saving = Saving()
-        self._worker.submit(self._complete, self._saving, step, tensors_written, written_facts)
+        # A daemon: a rank whose training has failed must not wait here for the others, who wait for it.
+        arguments = (self._saving, step, write, written_facts)
+        threading.Thread(target=self._complete, args=arguments, name="checkpoint", daemon=True).start()
         if not self._options.asynchronous:
             self.wait()
 
@@ -117,11 +120,11 @@ class DcpCheckpointer(Checkpointer):
         if self._saving is not None and self._saving.poll():
             self.wait()
 
-    def _complete(self, saving: Saving, step: int, tensors_written: Future[Any], facts: str) -> None:
-        """In the worker thread: from tensors being written to a complete checkpoint."""
+    def _complete(self, saving: Saving, step: int, write: Callable[[], None], facts: str) -> None:
+        """In a thread of its own: from a copy of the tensors to a complete checkpoint."""
         writing = _folder.writing_path(self._folder, step)
         try:
-            self._await(tensors_written)
+            self._write(write)
             mine = self._ranks.together(lambda: self._finish_mine(writing, facts))
             files = {name: entry for one in self._ranks.gather(mine) for name, entry in one.items()}
             self._ranks.from_first(lambda: self._publish(writing, step, files))
@@ -131,12 +134,12 @@ class DcpCheckpointer(Checkpointer):
             explained.__cause__ = error
             saving.fail(self._ranks, explained)
 
-    def _await(self, tensors_written: Future[Any]) -> None:
+    def _write(self, write: Callable[[], None]) -> None:
         """Until all ranks have written. Raises what the first to fail raised."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
-            tensors_written.result()
+            write()
         except CheckpointException as error:  # on all ranks; no Exception; it lists the failures by rank
             raise next(cause for cause, _ in error.failures.values()) from error
         except Exception as error:  # in between what DCP agrees on
