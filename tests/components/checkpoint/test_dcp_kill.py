@@ -12,6 +12,7 @@ from typing import Any
 
 import rank_processes
 import torch
+import torch.distributed as dist
 
 from lattice.components.checkpoint.dcp import DcpCheckpoint
 
@@ -26,7 +27,6 @@ def tensors(value: float) -> dict[str, Any]:
 
 def train(rank: int, size: int, folder: Path, saved: Any) -> None:
     """Without end: a collective as in a step, then a checkpoint. `saved` is the last step that is safe."""
-    import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = dist.init_device_mesh("cpu", (size,))

@@ -16,13 +16,14 @@ from unittest import mock
 import pytest
 import rank_processes
 import torch
+import torch.distributed as dist
 
-from lattice.components.checkpoint import _folder, dcp
+from lattice.components.checkpoint import _folder, _manifest, dcp
+from lattice.components.checkpoint._manifest import entries, seal
 from lattice.components.checkpoint.dcp import CorruptCheckpoint, DcpCheckpoint, DcpCheckpointer
 
 
 def sharded(value: float) -> dict[str, Any]:
-    import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -32,8 +33,6 @@ def sharded(value: float) -> dict[str, Any]:
 
 def agreed(value: Any) -> Any:
     """What all ranks have; fails where they have different things."""
-    import torch.distributed as dist
-
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     assert values == values[:1] * len(values)
@@ -42,8 +41,6 @@ def agreed(value: Any) -> Any:
 
 def polls_until_failure(checkpointer: DcpCheckpointer, rank: int) -> tuple[int, str]:
     """A training loop whose ranks are not in step, but for its collectives."""
-    import torch.distributed as dist
-
     for number in range(10_000):
         time.sleep(0.001 * rank)
         dist.all_reduce(torch.ones(1))
@@ -85,10 +82,23 @@ def a_directory_that_rank_0_cannot_use(checkpointer: DcpCheckpointer, rank: int)
     agreed(str(raised.value))
 
 
+def every_file_is_hashed_once(checkpointer: DcpCheckpointer, rank: int) -> None:
+    """By the rank that wrote it, and once more when it is loaded."""
+    shards = [f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    with mock.patch.object(_manifest, "_sha256", wraps=_manifest._sha256) as hashes:
+        checkpointer.save(3, sharded(3), {"step": 3})
+        checkpointer.wait()
+        mine = [call.args[0].name for call in hashes.mock_calls]
+        assert mine == [["facts.json", shards[0]], [shards[1]]][rank]
+        hashes.reset_mock()
+        assert load(checkpointer) == ("step-00000003", 0)
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, [call.args[0].name for call in hashes.mock_calls])
+        assert sorted(found[0] + found[1]) == ["facts.json", *shards]
+
+
 def load(checkpointer: DcpCheckpointer) -> tuple[str, int]:
     """The name of what was loaded, and how many warnings all ranks gave."""
-    import torch.distributed as dist
-
     state = sharded(-1)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
@@ -103,8 +113,6 @@ def load(checkpointer: DcpCheckpointer) -> tuple[str, int]:
 
 
 def all_at_once(rank: int, size: int, folder: Path) -> None:
-    import torch.distributed as dist
-
     checkpointer = DcpCheckpoint(keep=3).build(folder)
     assert isinstance(checkpointer, DcpCheckpointer)
     for step in (1, 2):
@@ -115,25 +123,20 @@ def all_at_once(rank: int, size: int, folder: Path) -> None:
 
     a_full_disk_on_one_rank(checkpointer, rank)
     a_directory_that_rank_0_cannot_use(checkpointer, rank)
-    checkpointer.save(3, sharded(3), {"step": 3})
-    checkpointer.wait()
-    assert load(checkpointer) == ("step-00000003", 0)
+    every_file_is_hashed_once(checkpointer, rank)
 
     if rank == 1:  # what it does not see yet
-        checkpointer_sees = mock.patch.object(_folder, "candidates", return_value=[])
-        checkpointer_sees.start()
+        mock.patch.object(_folder, "candidates", return_value=[]).start()
     assert len(agreed(checkpointer.candidates())) == 3
-    broken = CorruptCheckpoint("unreadable here")
-    reads = mock.Mock(side_effect=[broken, dcp.prepare_reading(folder / "step-00000002", sharded(0))])
-    with mock.patch.object(dcp, "prepare_reading", reads if rank == 1 else dcp.prepare_reading):
-        name, warned = "", 0
-        with warnings.catch_warnings(record=True) as given:
-            warnings.simplefilter("always")
-            found = checkpointer.load_latest(sharded(-1))
-        assert found is not None
-        name, warned = found[0].name, len(given)
-    assert (agreed(name), warned) == ("step-00000002", 1 - rank)
+    read = dcp.prepare_reading
 
+    def broken(path: Path, tensors: dict[str, Any]) -> Any:
+        if path.name == "step-00000003":
+            raise CorruptCheckpoint("unreadable here")
+        return read(path, tensors)
+
+    with mock.patch.object(dcp, "prepare_reading", broken if rank == 1 else read):
+        assert load(checkpointer) == ("step-00000002", 1)
     if rank == 0:
         path = folder / "step-00000003" / "shard-00002-model-00001-of-00001.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
@@ -145,6 +148,13 @@ def test_ranks_agree(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     rank_processes.run(all_at_once, 2, folder, folder=tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == [f"step-0000000{step}" for step in (1, 2, 3)]
+
+    latest, reader = folder / "step-00000002", DcpCheckpoint().build(folder)
+    for name in ("manifest.json", "shard-00001-model-00001-of-00001.safetensors"):
+        (latest / name).unlink()
+    seal(latest, 2, entries(latest.iterdir()))  # as if there had never been a first shard
+    with pytest.raises(CorruptCheckpoint, match=r"holds 120000 of the 300000 elements of model\.w"):
+        reader.load(latest, {"model": {"w": torch.zeros(5, 60_000)}})
 
 
 FORBIDDEN = 77
