@@ -21,6 +21,7 @@ from torch import nn
 import lattice
 from lattice import state
 from lattice.components.checkpoint.dcp import DcpCheckpoint
+from lattice.hf.export import export
 from lattice.recipe import load_recipe
 
 RECIPE = {
@@ -197,4 +198,6 @@ def test_any_number_of_ranks_any_layout(tmp_path: Path, monkeypatch: pytest.Monk
     run = tmp_path / "run"  # saved sharded, it is evaluated and exported by one plain process
     (run / "recipe.toml").write_text(load_recipe(RECIPE).to_toml())
     expected = state.weights(lattice.build_model(RECIPE))
-    assert_same(dict(state.weights(lattice.load(run))), expected)
+    assert_same(state.weights(lattice.load(run)), expected)
+    export(run, tmp_path / "hf")
+    assert_same(state.weights(lattice.from_pretrained(tmp_path / "hf")), expected)
