@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ import lattice
 from lattice import state
 from lattice.components.checkpoint.dcp import DcpCheckpoint
 from lattice.hf.export import export
-from lattice.recipe import load_recipe
+from lattice.recipe import Recipe, load_recipe
 
 RECIPE = {
     "run": {"steps": 1, "batch_tokens": 8, "sequence_tokens": 8},
@@ -37,6 +38,11 @@ RECIPE = {
     },
     "recurrence": {"kind": "latent_thoughts"},
 }
+
+
+@cache
+def recipe(seed: int) -> Recipe:
+    return load_recipe(RECIPE, [f"run.seed={seed}"])
 
 
 def mesh(*sizes: int) -> Any:
@@ -81,7 +87,7 @@ LAYOUTS: dict[str, Callable[[nn.Module, int], None]] = {
 
 def graph(folder: Path, seed: int, layout: str = "ddp", size: int = 1, *, extras: bool = True) -> Any:
     """What `lattice.state` sees of a training graph."""
-    model = lattice.build_model(RECIPE | {"run": RECIPE["run"] | {"seed": seed}})
+    model = lattice.build_model(recipe(seed))
     if extras:
         torch.manual_seed(seed)
         model.extras = nn.ModuleList([nn.Linear(2, 3), nn.Linear(2, 3)])  # fewer rows than ranks
@@ -91,7 +97,7 @@ def graph(folder: Path, seed: int, layout: str = "ddp", size: int = 1, *, extras
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
         device=torch.device("cpu"),
         checkpointer=DcpCheckpoint().build(folder),
-        recipe=load_recipe(RECIPE),
+        recipe=recipe(seed),
         source=SimpleNamespace(position=lambda step: {"step": step}),
     )
 
@@ -196,8 +202,8 @@ def test_any_number_of_ranks_any_layout(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "exploded").exists()
 
     run = tmp_path / "run"  # saved sharded, it is evaluated and exported by one plain process
-    (run / "recipe.toml").write_text(load_recipe(RECIPE).to_toml())
-    expected = state.weights(lattice.build_model(RECIPE))
+    (run / "recipe.toml").write_text(recipe(0).to_toml())
+    expected = state.weights(lattice.build_model(recipe(0)))
     assert_same(state.weights(lattice.load(run)), expected)
     export(run, tmp_path / "hf")
     assert_same(state.weights(lattice.from_pretrained(tmp_path / "hf")), expected)
