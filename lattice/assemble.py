@@ -195,6 +195,7 @@ def training_graph(
     recipe: Recipe,
     folder: Path,
     *,
+    checkpointer: Checkpointer | None = None,
     world: World | None = None,
     device: torch.device | None = None,
     gathered_fits: bool | None = None,
@@ -210,7 +211,7 @@ def training_graph(
     data: Data = recipe.component("data")
     codec = world.in_turn(lambda: open_codec(recipe, folder / "tokenizer"))
     source = world.in_turn(lambda: data.open(_request(recipe, codec, world)))
-    checkpointer = checkpoint.build(folder / "checkpoints")
+    checkpointer = checkpointer or checkpoint.build(folder / "checkpoints")
     site = Site(world=world, device=device, weights=precision.weights, gathered_fits=gathered_fits)
     model = weightless_model(recipe)
     precision.apply(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,7 +14,7 @@ from lattice.hf import init_from
 from lattice.launch import Launch
 from lattice.memory import StepMemory, step_memory
 from lattice.plan import rows_of
-from lattice.protocols import Backbone, Checkpoint, Data, Parallel, Tokenizer
+from lattice.protocols import Backbone, Data, Parallel, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 from lattice.world import World
 
@@ -50,7 +49,7 @@ def check(
     if not problems:
         problems, gathered_fits = _memory(recipe, world, device or choose_device(recipe.run.device))
     problems += data.problems(tokenizer.spec)
-    if not _goes_on(recipe, folder):
+    if fresh:
         problems += init_from.problems(recipe)
     if problems:
         raise RecipeError(problems)
@@ -61,11 +60,6 @@ def _of_option(recipe: Recipe, table: str, problem: str) -> str:
     """A component's complaint, which begins with its option's name, with the place of that option."""
     option = problem.split(" ", 1)[0]
     return f"{recipe.origin((table, option))}: {table}.{problem}"
-
-
-def _goes_on(recipe: Recipe, folder: Path | None) -> bool:
-    checkpoint: Checkpoint = recipe.component("checkpoint")
-    return folder is not None and checkpoint.build(folder / "checkpoints").latest() is not None
 
 
 def _shapes(recipe: Recipe) -> list[str]:

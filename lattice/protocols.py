@@ -395,14 +395,16 @@ class Data(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Saves and restores the state of one run."""
+    """Saves and restores the state of one run. Of several ranks all call the same methods in the same order,
+    and what fails on one raises on all at the same call."""
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
         """Starts saving. Raises OSError if an earlier save turns out to have failed."""
         ...
 
     def poll(self) -> None:
-        """Raises OSError if a save that was started has failed already; never waits."""
+        """Called once a step. Raises OSError if a save that was started has failed already; does not wait for
+        it to end."""
         ...
 
     def wait(self) -> None:

@@ -63,12 +63,23 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
     finished = world.from_first(lambda: _finished(folder, recipe))
     if finished is not None:
         return finished
-    gathered_fits = world.from_first(lambda: preflight.check(recipe, folder, world=world, device=device))
+    checkpointer = recipe.component("checkpoint").build(folder / "checkpoints")
+    fresh = checkpointer.latest() is None
+    gathered_fits = world.from_first(
+        lambda: preflight.check(recipe, fresh=fresh, world=world, device=device)
+    )
     with ExitStack() as stack:
         world.from_first(lambda: stack.enter_context(run_folder.locked(folder)))
         world.from_first(lambda: run_folder.check_same(folder, recipe))
         log = stack.enter_context(RankLog(folder, world))
-        graph = training_graph(recipe, folder, world=world, device=device, gathered_fits=gathered_fits)
+        graph = training_graph(
+            recipe,
+            folder,
+            checkpointer=checkpointer,
+            world=world,
+            device=device,
+            gathered_fits=gathered_fits,
+        )
         # Only now: a recipe whose parts do not fit leaves no run behind.
         world.from_first(lambda: run_folder.open_run(folder, recipe))
         torch.manual_seed(recipe.run.seed)
@@ -118,7 +129,7 @@ class Loop:
         graph, options = self.graph, self.run_options
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            stack.callback(graph.checkpointer.wait)
+            stack.push(self._wait)
             self._open_logs(stack)
             shown = stack.enter_context(Training(self.first, options.steps, options.log_every))
             steps = graph.source.steps(self.first)
@@ -140,6 +151,11 @@ class Loop:
             if self.first == options.steps:
                 self._evaluate(options.steps, shown)
         return self._summary()
+
+    def _wait(self, kind: type[BaseException] | None, *_: object) -> None:
+        """For the save in flight; not after a failure among others, who may be waiting for this rank."""
+        if kind is None or self.graph.world.size == 1:
+            self.graph.checkpointer.wait()
 
     def _agreed(self, stop: StopRequest) -> str | None:
         """The signal that some rank has received: all stop after the same step."""
