@@ -22,11 +22,11 @@ class Site:
     weights: torch.dtype
     """In which format matrix products take their weights."""
     gathered_fits: bool | None = None
-    """Whether a step fits in memory with all weights and gradients there throughout; None if that is unknown."""
+    """Whether a step fits in memory with all weights and gradients there throughout; None if unknown."""
 
 
 class Spread:
-    """As it is on one rank. Losses are divided by the targets of all ranks, gradients are summed over them."""
+    """As it is on one rank. Losses are divided by the targets of all ranks, so that gradients are summed."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model

@@ -110,15 +110,15 @@ class World:
 
 @contextmanager
 def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]:
-    """Connects the ranks, if there are several. An operation that waits longer than `timeout` seconds for
-    the others fails."""
+    """Connects the ranks, if there are several. An operation that waits for the others fails after twice
+    `timeout` seconds: lattice.watch, which says for whom, comes first."""
     if world.size == 1 or dist.is_initialized():
         yield
         return
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout))
     yield
     # After a failure the others may be gone, and parting from them could wait for ever.
     dist.destroy_process_group()

@@ -97,7 +97,8 @@ class Sharded(Spread):
         flat_N = parameters_to_vector(gradients)
         for group in self._groups:
             dist.all_reduce(flat_N, group=group)
-        for gradient, summed in zip(gradients, flat_N.split([one.numel() for one in gradients]), strict=True):
+        pieces = torch.split(flat_N, [gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, pieces, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
     @contextmanager

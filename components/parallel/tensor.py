@@ -28,8 +28,8 @@ class TensorParallel(Parallel):
     """Heads and the inner width of the layers divided among neighbouring ranks; among the others the batch is
     divided, and the weights are sharded.
 
-    Embedding, norms and head are not divided. A pass sums two activations a layer over the neighbours, so that
-    they should be on one host.
+    Embedding, norms and head are not divided. A pass sums two activations a layer over the neighbours: they
+    should be on one host.
     """
 
     degree: int

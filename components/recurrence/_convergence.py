@@ -37,7 +37,7 @@ class Convergence:
     def watch(self, before_BLnD: Tensor, after_BLnD: Tensor) -> bool:
         """Notes the change of one iteration; True when every row is done."""
         change_B, size_B = self._norm(after_BLnD - before_BLnD), self._norm(after_BLnD)
-        # A mean over rows, so that the parts of a batch, on other ranks or accumulated, have the batch's mean.
+        # A mean over rows, so that what is measured on the parts of a batch averages to the batch's.
         self._residuals.append((change_B / size_B.clamp(min=1e-30)).mean())
         if self._tolerance is None:
             return False

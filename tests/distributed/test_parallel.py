@@ -86,7 +86,7 @@ def of_four(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "ranks, name", [*((2, n) for n in cases_of_two()), *((4, n) for n in cases_of_four())]
+    ("ranks", "name"), [*((2, n) for n in cases_of_two()), *((4, n) for n in cases_of_four())]
 )
 def test_losses_are_those_of_one_process(ranks, name, tmp_path, request):
     folder, said = request.getfixturevalue("of_two" if ranks == 2 else "of_four")
