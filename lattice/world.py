@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lattice.launch import Agreed, Elsewhere, Launch
 
@@ -118,7 +119,11 @@ def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout))
+    limit = timedelta(seconds=2 * timeout)
+    store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=limit))
+    # torchrun keeps its store when it starts the processes again: the addresses there are of those that died.
+    store = dist.PrefixStore(f"attempt {world.launch.attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     yield
     # After a failure the others may be gone, and parting from them could wait for ever.
     dist.destroy_process_group()
