@@ -170,7 +170,7 @@ class Loop:
         self.watch.at(done, "update")
         limit = math.inf if graph.grad_clip is None else graph.grad_clip
         grad_norm = clip_gradients(graph.model.parameters(), limit)
-        loss = sum(losses) / graph.world.together
+        loss = sum(losses) / graph.spread.copies
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._non_finite(done, losses, grad_norm, batches)
         graph.optimizer.step()
@@ -227,7 +227,7 @@ class Loop:
         read = graph.world.all("; ".join(batch.identity for batch in batches))
         at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
-        loss = sum(losses) / graph.world.together
+        loss = sum(losses) / graph.spread.copies
         return NonFiniteLoss(
             f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite; the weights were not updated. "
             f"The batch: {where}. {last[0].upper()}{last[1:]}"

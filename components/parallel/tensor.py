@@ -71,7 +71,9 @@ class TensorParallel(Parallel):
             shard_matrices(model, mesh["shard"], site, once=self._once(site))
 
     def spread(self, model: LanguageModel, site: Site) -> Spread:
-        return Sharded(model, once=self._once(site)) if site.world.data_size > 1 else Spread(model)
+        spread = Sharded(model, once=self._once(site)) if site.world.data_size > 1 else Spread(model)
+        spread.copies = site.world.together
+        return spread
 
     def _once(self, site: Site) -> bool:
         return self.reshard == "step" or (self.reshard == "auto" and bool(site.gathered_fits))
