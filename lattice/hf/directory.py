@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lattice import options, registry, toml_source
 from lattice.model import LanguageModel
 from lattice.protocols import Backbone
+from lattice.sharded import put
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -209,13 +210,23 @@ def load_weights(model: LanguageModel, folder: Path, *, assign: bool = False) ->
         raise ValueError(f"{folder}: weights do not fit {CONFIG}: {few(problems)}")
     tied = model.decoder.head.weight is model.decoder.embedding.weight
     theirs = {name: tensor for name, tensor in weights.items() if not name.startswith(RECURRENCE)}
-    model.decoder.load_state_dict(theirs, assign=assign, strict=False)
+    _fill(model.decoder, theirs, assign=assign)
     if tied and assign:  # the file holds the shared weight under one of its names, or under both
         model.decoder.head.weight = model.decoder.embedding.weight
     if isinstance(model.unroll, nn.Module):
         own = {name.removeprefix(RECURRENCE): weights[name] for name in own_tensors(model) if name in weights}
-        model.unroll.load_state_dict(own, assign=assign, strict=False)
+        _fill(model.unroll, own, assign=assign)
     return [name for name in own_tensors(model) if name not in weights]
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], *, assign: bool) -> None:
+    """Where the module is divided among ranks, each takes its share."""
+    if assign:
+        module.load_state_dict(tensors, assign=True, strict=False)
+        return
+    own = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        put(own[name], tensor)
 
 
 def _tied_twice(model: LanguageModel, weights: Mapping[str, Tensor]) -> list[str]:
