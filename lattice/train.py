@@ -92,8 +92,8 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         if resumed["step"]:
             say(f"resuming '{folder}' after step {resumed['step']}")
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
-        ranks = f" and {world.size - 1} other ranks" if world.size > 1 else ""
-        say(f"{parameters:,} parameters on {graph.device}{ranks}; the run's directory is '{folder}'")
+        ranks = f"{world.size} ranks, the first on " if world.size > 1 else ""
+        say(f"{parameters:,} parameters on {ranks}{graph.device}; the run's directory is '{folder}'")
         log.event("ready", step=resumed["step"])
         watch = stack.enter_context(Watch(folder, world, recipe.run.timeout, log).on())
         return Loop(graph, resumed["step"], resumed["seconds"], watch).run()

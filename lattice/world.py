@@ -124,6 +124,12 @@ def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]
     # torchrun keeps its store when it starts the processes again: the addresses there are of those that died.
     store = dist.PrefixStore(f"attempt {world.launch.attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"lost the other ranks, one of which may tell why: {reason}") from error
     # After a failure the others may be gone, and parting from them could wait for ever.
     dist.destroy_process_group()
