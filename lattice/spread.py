@@ -29,12 +29,10 @@ class Site:
 class Spread:
     """As it is on one rank. Losses are divided by the targets of all ranks, so that gradients are summed."""
 
-    copies = 1
-    """How many ranks compute the same loss; that of the others is of other targets."""
-
-    def __init__(self, model: LanguageModel, split: Split | None = None) -> None:
-        """`split`: how ranks share a sequence in training, if they do."""
-        self.model = model
+    def __init__(self, model: LanguageModel, *, split: Split | None = None, copies: int = 1) -> None:
+        """`split`: how ranks share a sequence in training, if they do; `copies`: how many compute the same
+        loss, where that of the others is of other targets."""
+        self.model, self.copies = model, copies
         self.model.split = self._split = split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Output:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,35 @@ from torch.nn.utils import parameters_to_vector
 
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
+from lattice.protocols import Parallel
 from lattice.split import Split
 from lattice.spread import Site, Spread
 
 CALLED = ("hidden_states", "prefill", "step")
 """What else than `forward` uses the weights of the model's own unit: embedding, head and the recurrence's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resharding(Parallel):
+    """When gathered weights are given up."""
+
+    reshard: Literal["step", "pass", "auto"] = "auto"
+    """After a `step`, so that each weight is gathered once in it however many passes there are; after each
+    `pass`, which needs less memory; `auto` is "step" where that fits."""
+
+    def once(self, site: Site) -> bool:
+        """Whether weights are gathered once a step."""
+        return self.reshard == "step" or (self.reshard == "auto" and bool(site.gathered_fits))
+
+    def sharded_memory(self, alone: StepMemory, shards: int, *, gathered: bool) -> StepMemory:
+        """A rank's shards, and beside them all weights and gradients of a step; those of a layer, where more
+        are not there, are left out."""
+        beside = self.reshard == "step" or (self.reshard == "auto" and gathered)
+        parts = {
+            name: getattr(alone, name) // shards + (getattr(alone, name) if beside and shards > 1 else 0)
+            for name in ("parameters", "gradients")
+        }
+        return replace(alone, optimizer=alone.optimizer // shards, **parts)
 
 
 def shard_matrices(model: LanguageModel, mesh: DeviceMesh, site: Site, *, once: bool) -> None:
@@ -67,8 +91,10 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 class Sharded(Spread):
     """A model that `shard_matrices` has sharded."""
 
-    def __init__(self, model: LanguageModel, *, once: bool, split: Split | None = None) -> None:
-        super().__init__(model, split)
+    def __init__(
+        self, model: LanguageModel, *, once: bool, split: Split | None = None, copies: int = 1
+    ) -> None:
+        super().__init__(model, split=split, copies=copies)
         self._units = _units(model)
         self._once = once
         mesh = cast("DTensor", model.decoder.embedding.weight).device_mesh
@@ -118,13 +144,3 @@ class Sharded(Spread):
 
 def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def sharded_memory(alone: StepMemory, shards: int, *, once: bool) -> StepMemory:
-    """A rank's shards, and beside them all weights and gradients of a step, or those of a layer, which are
-    left out."""
-    parts = {
-        name: getattr(alone, name) // shards + (getattr(alone, name) if once and shards > 1 else 0)
-        for name in ("parameters", "gradients")
-    }
-    return replace(alone, optimizer=alone.optimizer // shards, **parts)

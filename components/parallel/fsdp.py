@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lattice.components.parallel._sharding import Sharded, shard_matrices, sharded_memory
+from lattice.components.parallel._sharding import Resharding, Sharded, shard_matrices
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
-from lattice.protocols import Parallel
 from lattice.registry import register
 from lattice.spread import Site, Spread
 
 
 @register("parallel", "fsdp")
 @dataclass(frozen=True, kw_only=True)
-class FSDP(Parallel):
+class FSDP(Resharding):
     """Sharded over all ranks, or over groups of them that each hold one replica (HSDP).
 
     Gradients are reduced in float32; weights are gathered in the format in which `precision` computes.
     """
 
-    reshard: Literal["step", "pass", "auto"] = "auto"
-    """When gathered weights are given up: after a `step`, so that each is gathered once in it however many
-    passes there are; after each `pass`, which needs less memory; `auto` is "step" where that fits."""
     replicas: int = 1
     """Groups of ranks that each hold the model, sharded within the group alone."""
 
@@ -39,20 +34,16 @@ class FSDP(Parallel):
         return 1
 
     def memory(self, alone: StepMemory, size: int, *, gathered: bool) -> StepMemory:
-        once = self.reshard == "step" or (self.reshard == "auto" and gathered)
-        return sharded_memory(alone, size // self.replicas, once=once)
+        return self.sharded_memory(alone, size // self.replicas, gathered=gathered)
 
     def shard(self, model: LanguageModel, site: Site) -> None:
         if site.world.size > 1:
-            shard_matrices(model, self._mesh(site), site, once=self._once(site))
+            shard_matrices(model, self._mesh(site), site, once=self.once(site))
 
     def spread(self, model: LanguageModel, site: Site) -> Spread:
         if site.world.size == 1:
             return Spread(model)
-        return Sharded(model, once=self._once(site))
-
-    def _once(self, site: Site) -> bool:
-        return self.reshard == "step" or (self.reshard == "auto" and bool(site.gathered_fits))
+        return Sharded(model, once=self.once(site))
 
     def _mesh(self, site: Site) -> DeviceMesh:
         shards = site.world.size // self.replicas

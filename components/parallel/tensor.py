@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -14,17 +13,17 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from lattice.components.parallel._sharding import Sharded, shard_matrices, sharded_memory
+from lattice.components.parallel._sharding import Resharding, Sharded, shard_matrices
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
-from lattice.protocols import Parallel, Shape
+from lattice.protocols import Shape
 from lattice.registry import register
 from lattice.spread import Site, Spread
 
 
 @register("parallel", "tensor")
 @dataclass(frozen=True, kw_only=True)
-class TensorParallel(Parallel):
+class TensorParallel(Resharding):
     """Heads and the inner width of the layers divided among neighbouring ranks; among the others the batch is
     divided, and the weights are sharded.
 
@@ -34,8 +33,6 @@ class TensorParallel(Parallel):
 
     degree: int
     """Neighbouring ranks that share a layer."""
-    reshard: Literal["step", "pass", "auto"] = "auto"
-    """As that of `fsdp`, where there are more ranks than `degree`."""
 
     def __post_init__(self) -> None:
         if self.degree < 1:
@@ -56,9 +53,9 @@ class TensorParallel(Parallel):
 
     def memory(self, alone: StepMemory, size: int, *, gathered: bool) -> StepMemory:
         """As if the weights of the layers were all there are."""
-        once = self.reshard == "step" or (self.reshard == "auto" and gathered)
-        divided = sharded_memory(alone, self.degree, once=False)
-        return sharded_memory(divided, size // self.degree, once=once)
+        names = ("parameters", "gradients", "optimizer")
+        divided = replace(alone, **{name: getattr(alone, name) // self.degree for name in names})
+        return self.sharded_memory(divided, size // self.degree, gathered=gathered)
 
     def shard(self, model: LanguageModel, site: Site) -> None:
         if site.world.size == 1:
@@ -68,15 +65,13 @@ class TensorParallel(Parallel):
         )
         _divide(model, mesh["tensor"])
         if site.world.data_size > 1:
-            shard_matrices(model, mesh["shard"], site, once=self._once(site))
+            shard_matrices(model, mesh["shard"], site, once=self.once(site))
 
     def spread(self, model: LanguageModel, site: Site) -> Spread:
-        spread = Sharded(model, once=self._once(site)) if site.world.data_size > 1 else Spread(model)
-        spread.copies = site.world.together
-        return spread
-
-    def _once(self, site: Site) -> bool:
-        return self.reshard == "step" or (self.reshard == "auto" and bool(site.gathered_fits))
+        copies = site.world.together
+        if site.world.data_size == 1:
+            return Spread(model, copies=copies)
+        return Sharded(model, once=self.once(site), copies=copies)
 
 
 def _divide(model: LanguageModel, mesh: DeviceMesh) -> None:
