@@ -2,7 +2,7 @@
 
 A prepared directory holds
 
-    manifest.json            what is there, written last
+    manifest.json            what is there, and a checksum of what it says; written last
     train-00000.bin          tokens, little endian, every document followed by the end-of-document token
     train-00000.idx          where each document starts in that shard, in tokens: uint64, little endian
     validation-00000.bin …
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from array import array
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from lattice.atomic import PARTIAL, naming
 from lattice.protocols import Codec
 
 FORMAT = "lattice-tokens"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 JOURNAL = "progress.json"
 """Present while a preparation is unfinished."""
@@ -44,7 +45,7 @@ def manifest(
     codec: Codec, tokenizer: dict[str, str], splits: dict[str, list[dict[str, Any]]], **facts: Any
 ) -> dict[str, Any]:
     """The manifest of finished shards; `tokenizer` says how it was asked for ("spec", "kind")."""
-    return {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer": {
@@ -63,6 +64,13 @@ def manifest(
         },
         **facts,
     }
+    return {**content, "checksum": checksum(content)}
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Of all that a manifest says, but for the checksum itself."""
+    said = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 class _HashedFile:
