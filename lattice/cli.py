@@ -570,6 +570,7 @@ def prepare(
     train_bpe: int | None = None,
     validation_fraction: float = 0.0,
     text_key: str = "text",
+    workers: int = 0,
 ) -> None:
     """Turn text into token shards. The same command goes on with a preparation that was interrupted.
 
@@ -587,6 +588,8 @@ def prepare(
         Share of the documents to hold out.
     text_key
         Key or column of the text in jsonl and parquet.
+    workers
+        Processes that encode; with 0 this one does, on all cores inside the tokenizer. The result is the same.
     """
     from lattice.prepare import prepare as prepare_
 
@@ -597,6 +600,7 @@ def prepare(
         train_bpe=train_bpe,
         validation_fraction=validation_fraction,
         text_key=text_key,
+        workers=workers,
     )
 
 

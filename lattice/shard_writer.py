@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lattice.atomic import PARTIAL, naming
 from lattice.protocols import Codec
@@ -123,9 +124,9 @@ class SplitWriter:
         self._starts = array("Q")
         self._bytes = 0
 
-    def add(self, ids: Sequence[int], text_bytes: int) -> None:
+    def add(self, ids: Sequence[int] | npt.NDArray[np.int32], text_bytes: int) -> None:
         """Appends one document of `text_bytes` UTF-8 bytes and the end-of-document token."""
-        tokens = np.asarray([*ids, self._eos_id], dtype=np.int64)
+        tokens = np.append(np.asarray(ids, dtype=np.int64), self._eos_id)
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise ValueError(
                 f"the tokenizer gave ids from {tokens.min()} to {tokens.max()}, but its vocabulary has "

@@ -15,6 +15,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
 _NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class CheckpointError(ValueError):
@@ -71,27 +72,39 @@ def verify(folder: Path) -> None:
             raise CorruptCheckpoint(f"{path} is missing") from None
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
-    for path in sorted(folder.glob("*.safetensors")):  # the reader would take every one it finds
-        if path.name not in files:
+    # The reader would take every tensor file that it finds, and the facts.
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        if path.name not in files and path.name != MANIFEST:
             raise CorruptCheckpoint(f"{path} does not belong to the checkpoint: {MANIFEST} does not list it")
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
+    manifest = read_json(path)
     try:
-        manifest = json.loads(path.read_bytes())
         entries = manifest["files"].items()
         files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in entries}
         version, step = manifest["format"], manifest["step"]
-    except FileNotFoundError:
-        raise CorruptCheckpoint(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    for name in files:
+        if not _FILE.fullmatch(name):  # of a file elsewhere, or of a device that has no end
+            raise CorruptCheckpoint(f"{path} lists {name!r}, which is no file of the checkpoint")
     if version != 1:
         raise CorruptCheckpoint(f"{path}: format {version} is unknown to this version, which knows format 1")
     if step != step_of(folder):
         raise CorruptCheckpoint(f"{path} is of step {step}, not of {folder.name}")
     return files
+
+
+def read_json(path: Path) -> Any:
+    """Raises CorruptCheckpoint where there is none that can be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{path} is missing") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattice.components.checkpoint import _folder
-from lattice.components.checkpoint._manifest import CheckpointError, CorruptCheckpoint, seal, step_of, verify
+from lattice.components.checkpoint._manifest import (
+    CheckpointError,
+    CorruptCheckpoint,
+    read_json,
+    seal,
+    step_of,
+    verify,
+)
 from lattice.components.checkpoint._tensors import read, start_writing
 from lattice.protocols import Checkpoint, Checkpointer
 from lattice.registry import register
@@ -126,8 +133,10 @@ class DcpCheckpointer(Checkpointer):
         or number formats, both before anything is changed. Top-level entries of the checkpoint that
         `tensors` lacks are left out: evaluation asks for the model only."""
         verify(path)
+        facts = read_json(path / FACTS)
+        if not isinstance(facts, dict):
+            raise CorruptCheckpoint(f"{path / FACTS} must hold a JSON object")
         read(path, tensors, self._group)
-        facts: dict[str, Any] = json.loads((path / FACTS).read_bytes())
         return facts
 
     def _tidy(self) -> None:

@@ -20,8 +20,8 @@ import json, resource, sys
 from pathlib import Path
 from lattice.prepare import prepare
 sources, out, options, limit = json.loads(sys.argv[1])
-import lattice.prepare
-lattice.prepare.BATCH_DOCUMENTS = 16
+import lattice.prepare_encoding
+lattice.prepare_encoding.BATCH_DOCUMENTS = 16
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 print("begin", flush=True)

@@ -27,6 +27,8 @@ ODD = [
     b"[" * 3000,  # deeper than Python recurses
     b'{"a":' * 3000,
 ]
+PATHS = ["", "..", "/dev/zero", "a\0b", "\ud800", "x" * 300]
+"""Names that are no file's name, or of a file without end."""
 Edit = Callable[[bytes], bytes]
 
 
@@ -91,9 +93,9 @@ def values(strings: Sequence[str]) -> st.SearchStrategy[Any]:
         st.sampled_from([0, 1, -1, 2**31, 2**63, 2**64, 10**30]),
         st.floats(),
         st.text(max_size=8),
-        st.sampled_from([*strings, "", "..", "/dev/zero", "a\0b", "x" * 300]),
+        st.sampled_from([*strings, *PATHS]),
     )
-    keys = st.sampled_from(strings) | st.text(max_size=3)
+    keys = st.sampled_from([*strings, *PATHS]) | st.text(max_size=3)
     return st.recursive(
         plain, lambda one: st.lists(one, max_size=3) | st.dictionaries(keys, one, max_size=3), max_leaves=4
     )
@@ -127,7 +129,7 @@ def _replaced(draw: st.DrawFn, value: Any, new: Any, strings: Sequence[str]) -> 
     if action == "remove":
         del changed[key]
     elif action == "add":
-        changed[len(inner) if isinstance(value, list) else draw(st.sampled_from(strings))] = new
+        changed[len(inner) if isinstance(value, list) else draw(st.sampled_from([*strings, *PATHS]))] = new
     else:
         changed[key] = _replaced(draw, inner[key], new, strings)
     return list(changed.values()) if isinstance(value, list) else changed
