@@ -93,7 +93,8 @@ def read(path: Path, tensors: dict[str, Any], group: ProcessGroup | None) -> Non
     reader = HuggingFaceStorageReader(str(path))
     try:
         metadata = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
+    # The reader trusts what it finds in a header: it raises whatever a wrong one leads to.
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} holds a file that is no safetensors file: {error}") from error
     stored = {
         name: _described(cast(Any, entry).size, cast(Any, entry).properties.dtype)
