@@ -1,6 +1,6 @@
 """The only wiring: a recipe becomes a model, a training graph or an evaluation subject.
 
-The order is fixed: backbone, recurrence, precision, device, weights, optimizer. Nothing large is allocated
+The order is fixed: backbone, recurrence, precision, compile, parallel, weights, optimizer. Nothing large is allocated
 before the recipe has been checked as a whole (lattice.preflight).
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lattice.draws import Draw
 from lattice.model import LanguageModel
 from lattice.protocols import (
     Backbone,
@@ -36,6 +37,8 @@ from lattice.protocols import (
     Tokenizer,
 )
 from lattice.recipe import Recipe, RecipeError, load_recipe
+from lattice.spread import Site, Spread
+from lattice.world import World
 
 
 @dataclass
@@ -44,8 +47,10 @@ class TrainingGraph:
 
     recipe: Recipe
     folder: Path
+    world: World
     device: torch.device
     model: LanguageModel
+    spread: Spread
     precision: Precision
     optimizer: torch.optim.Optimizer
     peak_lr: float
@@ -64,7 +69,9 @@ class TrainingGraph:
     def subject(self, step: int) -> EvaluationSubject:
         """What evaluators use after `step` steps."""
         source = self.source
-        return EvaluationSubject(self.model, self.codec, lambda: source, self.autocast, self.device, step)
+        return EvaluationSubject(
+            self.model, self.codec, lambda: source, self.autocast, self.device, step, self.world
+        )
 
 
 def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str = "cpu") -> LanguageModel:
@@ -73,13 +80,34 @@ def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str 
     The weights depend on `run.seed` alone. `device = "meta"` allocates nothing. Raises RecipeError.
     """
     recipe = load_recipe(recipe)
-    # Drawn on the CPU, so that a seed means the same weights on every device.
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
-        torch.manual_seed(recipe.run.seed)
-        model = undrawn_model(recipe)
-        if device != "meta":
-            model.decoder.initialize(model.recurrence.initialization(model.shape))
+    model = weightless_model(recipe)
+    if device == "meta":
+        return model.to(device)
+    draw_weights(model, recipe, torch.device("cpu"))
     return model.to(device)
+
+
+def weightless_model(recipe: Recipe) -> LanguageModel:
+    """Its decoder is on the meta device, where it can be divided among ranks before it has weights. What a
+    recurrence has of its own is small: it is drawn by what builds it."""
+    with torch.device("meta"):
+        model = undrawn_model(recipe)
+    if isinstance(model.unroll, torch.nn.Module):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Draw(recipe.run.seed, 0).integer("recurrence", 0, 2**62))
+            model.unroll = model.recurrence.build(model.shape)
+    return model
+
+
+def draw_weights(model: LanguageModel, recipe: Recipe, device: torch.device) -> None:
+    """Gives a weightless model its weights on `device`; where it is divided among ranks, each its share.
+
+    They are drawn on the CPU, one after the other, so that a seed means the same weights on every device and
+    on any number of ranks, and no rank ever holds more than one whole."""
+    model.decoder.allocate(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        model.decoder.initialize(model.recurrence.initialization(model.shape))
 
 
 def undrawn_model(recipe: Recipe) -> LanguageModel:
@@ -147,11 +175,13 @@ def _check_reserved(recipe: Recipe, tokens: int) -> None:
         )
 
 
-def choose_device(name: str, option: str = "run.device") -> torch.device:
-    """`auto` is the GPU where there is one. Raises ValueError, naming the option, for a device that is not
-    there."""
+def choose_device(name: str, option: str = "run.device", *, local_rank: int = 0) -> torch.device:
+    """`auto` is a GPU where there is one; of several ranks on a host, each takes its own. Raises ValueError,
+    naming the option, for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -161,32 +191,46 @@ def choose_device(name: str, option: str = "run.device") -> torch.device:
     return device
 
 
-def training_graph(recipe: Recipe, folder: Path) -> TrainingGraph:
-    """Builds all that training needs; the run's files lie in `folder`."""
-    run = recipe.run
+def training_graph(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    checkpointer: Checkpointer | None = None,
+    world: World | None = None,
+    device: torch.device | None = None,
+    gathered_fits: bool | None = None,
+) -> TrainingGraph:
+    """Builds all that training needs; the run's files lie in `folder`. All ranks of `world` call it;
+    `gathered_fits` as in lattice.spread.Site."""
+    world = world or World()
+    device = device or choose_device(recipe.run.device)
     parallel: Parallel = recipe.component("parallel")
     precision: Precision = recipe.component("precision")
     optimizer: Optimizer = recipe.component("optimizer")
     checkpoint: Checkpoint = recipe.component("checkpoint")
-    device = choose_device(run.device)
-    codec = open_codec(recipe, folder / "tokenizer")
     data: Data = recipe.component("data")
-    source = data.open(_request(recipe, codec, parallel))
-    checkpointer = checkpoint.build(folder / "checkpoints")
-    model = build_model(recipe)
+    codec = world.in_turn(lambda: open_codec(recipe, folder / "tokenizer"))
+    source = world.in_turn(lambda: data.open(_request(recipe, codec, world)))
+    checkpointer = checkpointer or checkpoint.build(folder / "checkpoints")
+    site = Site(world=world, device=device, weights=precision.weights, gathered_fits=gathered_fits)
+    model = weightless_model(recipe)
+    precision.apply(model)
+    compile_: Compile = recipe.component("compile")
+    compile_.apply(model)
+    parallel.shard(model, site)
+    draw_weights(model, recipe, device)
+    model.to(device)
     if recipe.run.init_from is not None and checkpointer.latest() is None:
         from lattice.hf.init_from import initialize
 
         initialize(model, recipe)
-    precision.apply(model)
-    compile_: Compile = recipe.component("compile")
-    compile_.apply(model)
-    parallel.apply(model, device)
     return TrainingGraph(
         recipe=recipe,
         folder=folder,
+        world=world,
         device=device,
         model=model,
+        spread=parallel.spread(model, site),
         precision=precision,
         optimizer=optimizer.build(model),
         peak_lr=optimizer.lr,
@@ -208,31 +252,30 @@ def evaluation_graph(
     the number format it was trained in, float8 as the bfloat16 around it."""
     on = choose_device(device, "device")
     precision: Precision = recipe.component("precision")
-    parallel: Parallel = recipe.component("parallel")
     data: Data = recipe.component("data")
     codec = saved_codec(recipe, folder)
     return EvaluationSubject(
         model.to(on).eval(),
         codec,
-        lambda: data.open(_request(recipe, codec, parallel)),
+        lambda: data.open(_request(recipe, codec, World())),
         lambda: precision.autocast(on),
         on,
         step,
     )
 
 
-def _request(recipe: Recipe, codec: Codec, parallel: Parallel) -> DataRequest:
+def _request(recipe: Recipe, codec: Codec, world: World) -> DataRequest:
     run = recipe.run
     return DataRequest(
         codec=codec,
         cache=cache_folder(),
         sequence_tokens=run.sequence_tokens,
-        micro_batch=run.micro_batch or run.sequences // parallel.world_size,
+        micro_batch=run.micro_batch or run.sequences // world.data_size,
         batch=run.sequences,
         documents=recipe.component("mask").needs_documents,
         seed=run.seed,
-        rank=parallel.rank,
-        world_size=parallel.world_size,
+        rank=world.data_rank,
+        world_size=world.data_size,
     )
 
 

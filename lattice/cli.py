@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.markup import escape
 
 from lattice import __version__, registry
+from lattice.launch import Launch
 from lattice.protocols import ROLES
 
 app = App(
@@ -611,8 +612,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except (CycloptsError, ValueError, OSError, ImportError) as error:
-        for line in str(error).splitlines():
-            errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+        launch = Launch.here()
+        whose = f"rank {launch.rank}: " if launch.size > 1 else ""
+        for line in str(error).splitlines() if launch.tells(error) else ():
+            errors.print(f"[bold red]error:[/] {whose}{escape(line)}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

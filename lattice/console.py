@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +24,16 @@ errors = Console(stderr=True, highlight=False)
 def say(text: str) -> None:
     """A line as it is, whatever brackets it holds."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def only_first(rank: int) -> Iterator[None]:
+    """Within, ranks other than the first show nothing but errors."""
+    before, console.quiet = console.quiet, console.quiet or rank > 0
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 class Training:

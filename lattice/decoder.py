@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lattice.cache import LayerCache
 from lattice.protocols import Initialization
+from lattice.sharded import put
 
 
 class Rotary(NamedTuple):
@@ -137,22 +138,41 @@ class Decoder(nn.Module, ABC):
     def residual_projections(self) -> list[nn.Linear]:
         """The linears whose output is added to the residual stream."""
 
+    def allocate(self, device: torch.device) -> None:
+        """Gives parameters on the meta device memory on `device`; a tied weight stays one."""
+        allocated: dict[nn.Parameter, nn.Parameter] = {}
+        for module in self.modules():
+            for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+                if weight not in allocated:
+                    empty = torch.empty_like(weight, device=device)
+                    allocated[weight] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+                setattr(module, name, allocated[weight])
+        for name, buffer in self.named_buffers():
+            if buffer.is_meta:
+                raise ValueError(
+                    f"{type(self).__name__}: buffer '{name}' is computed when the backbone is built, on the "
+                    "meta device, where it has no values: compute it in the forward pass, as `rotary` does"
+                )
+
     @torch.no_grad()
     def initialize(self, scheme: Initialization) -> None:
-        """Draws every weight anew from the global generator, in the order of the module tree."""
+        """Draws every weight anew from the global generator of the CPU, in the order of the module tree."""
         residual = {id(linear) for linear in self.residual_projections()}
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = scheme.residual_std if id(module) in residual else scheme.std
-                if scheme.truncate is None:
-                    module.weight.normal_(0.0, std)
-                else:
-                    cut = scheme.truncate * std
-                    nn.init.trunc_normal_(module.weight, 0.0, std, -cut, cut)
+                put(module.weight, _drawn(module.weight, std, scheme.truncate))
             elif (weight := getattr(module, "weight", None)) is not None:
                 weight.fill_(1.0)
             if (bias := getattr(module, "bias", None)) is not None:
                 bias.zero_()
+
+
+def _drawn(like: Tensor, std: float, truncate: float | None) -> Tensor:
+    whole = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    if truncate is None:
+        return whole.normal_(0.0, std)
+    return nn.init.trunc_normal_(whole, 0.0, std, -truncate * std, truncate * std)
 
 
 def rotary_tables(position_BS: Tensor, dimensions: int, theta: float, dtype: torch.dtype) -> Rotary:

@@ -94,10 +94,13 @@ def run_tasks(
         if not _unreachable(error):
             raise
         raise ValueError(_missing(names, local, error)) from error
-    return Results(
-        figures={task: _figures(row) for task, row in found["results"].items()},
-        few_shot=dict(found["n-shot"]),
-        samples=found.get("samples", {}) if samples else {},
+    # lm-eval itself gives them on the first process alone.
+    return subject.world.from_first(
+        lambda: Results(
+            figures={task: _figures(row) for task, row in found["results"].items()},
+            few_shot=dict(found["n-shot"]),
+            samples=found.get("samples", {}) if samples else {},
+        )
     )
 
 

@@ -12,6 +12,11 @@ class StopRequest:
 
     received: str | None = None
 
+    @property
+    def number(self) -> int:
+        """Of the signal; 0 if there was none."""
+        return 0 if self.received is None else signal.Signals[self.received].value
+
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread alone; elsewhere signals keep their meaning.
         self._before = {}

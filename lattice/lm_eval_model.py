@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval import utils
@@ -25,6 +25,7 @@ from lattice.padding import padded
 from lattice.protocols import EvaluationSubject
 from lattice.text_generation import complete
 
+T = TypeVar("T")
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """What lm-eval remembers a request by, ids of the context, ids of what is scored."""
 MAX_NEW_TOKENS = 256
@@ -106,14 +107,24 @@ class LatticeLM(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         order = sorted(of_input, key=len, reverse=True)
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        world = self.subject.world
+        mine: dict[int, tuple[float, bool]] = {}
         hidden = disable_tqdm or not errors.is_terminal
-        for batch in track(batches, "scoring", console=errors, disable=hidden, transient=True):
+        own = batches[world.data_rank :: world.data_size]
+        for batch in track(own, "scoring", console=errors, disable=hidden, transient=True):
             for row, hidden_LD in zip(batch, self._hidden(batch), strict=True):
                 for index in of_input[row]:
                     texts, scored = requests[index][0], requests[index][2]
-                    answers[index] = self._score(hidden_LD[: len(row)], scored)
+                    mine[index] = self._score(hidden_LD[: len(row)], scored)
                     if texts is not None:
-                        self.cache_hook.add_partial("loglikelihood", texts, answers[index])
+                        self.cache_hook.add_partial("loglikelihood", texts, mine[index])
+        return self._of_all(answers, mine)
+
+    def _of_all(self, answers: list[T], mine: dict[int, T]) -> list[T]:
+        """With several ranks each answers its share, and all get all: lm-eval sees one process."""
+        for found in self.subject.world.all(mine):
+            for index, answer in found.items():
+                answers[index] = answer
         return answers
 
     @torch.no_grad()
@@ -134,6 +145,7 @@ class LatticeLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Requests with the same settings are decoded together, short prompts first."""
         texts: list[str] = [""] * len(requests)
+        world, mine = self.subject.world, dict[int, str]()
         hidden = disable_tqdm or not errors.is_terminal
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -145,15 +157,16 @@ class LatticeLM(TemplateLM):
                 raise ValueError(
                     f"max_gen_toks = {options.new_tokens}: must be less than the context of {self.max_length}"
                 )
-            prompts = {index: self._prompt(requests[index].args[0], room) for index in indices}
+            own = indices[world.data_rank :: world.data_size]
+            prompts = {index: self._prompt(requests[index].args[0], room) for index in own}
             done = self._complete(prompts, options)
             shown = track(
                 done, "decoding", total=len(prompts), console=errors, disable=hidden, transient=True
             )
             for index, text in shown:
-                texts[index] = text
+                mine[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
-        return texts
+        return self._of_all(texts, mine)
 
     def _prompt(self, text: str, room: int) -> list[int]:
         """Its last tokens where it is too long."""

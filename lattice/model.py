@@ -30,6 +30,8 @@ class Output:
     count: Tensor | None = None
     """How many targets count."""
     telemetry: dict[str, Tensor] = field(default_factory=dict)
+    passes: int = 0
+    """How often slots were sent through layers: ranks that train together must do so equally often."""
 
     @property
     def loss(self) -> Tensor | None:
@@ -87,10 +89,11 @@ class LanguageModel(nn.Module):
         """
         stack, unrolled = self._unrolled(input_ids, attention_mask, documents, draw)
         if targets is None:
-            return Output(stack.logits(unrolled.hidden_BLD), telemetry=unrolled.telemetry)
+            logits_BLV = stack.logits(unrolled.hidden_BLD)
+            return Output(logits_BLV, telemetry=unrolled.telemetry, passes=stack.passes)
         hidden_ND = unrolled.hidden_BLD.flatten(0, 1)
         loss_sum, count = self.loss.total(hidden_ND, self.decoder.head, targets.flatten())
-        return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry)
+        return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry, passes=stack.passes)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What the head turns into logits, (B, L, D), as in `forward`: for those who need few of them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 import torch
@@ -12,27 +11,55 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from lattice.assemble import build_model, choose_device
 from lattice.console import say
 from lattice.hf import init_from
-from lattice.memory import step_memory
-from lattice.protocols import Backbone, Checkpoint, Data, Tokenizer
+from lattice.launch import Launch
+from lattice.memory import StepMemory, step_memory
+from lattice.plan import rows_of
+from lattice.protocols import Backbone, Data, Parallel, Tokenizer
 from lattice.recipe import Recipe, RecipeError
+from lattice.world import World
 
 
-def check(recipe: Recipe, folder: Path | None = None) -> None:
-    """Raises RecipeError with everything that keeps this recipe from training here, in the run's directory
-    `folder` if given: a run that goes on needs no weights to start from."""
+def together(recipe: Recipe, launch: Launch) -> int:
+    """How many neighbouring ranks work on the same sequences. Raises RecipeError where the recipe's [parallel]
+    cannot arrange so many ranks."""
+    parallel: Parallel = recipe.component("parallel")
+    try:
+        return parallel.together(launch.size)
+    except ValueError as error:
+        raise RecipeError([_of_option(recipe, "parallel", str(error))]) from error
+
+
+def check(
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    world: World | None = None,
+    device: torch.device | None = None,
+) -> bool | None:
+    """Raises RecipeError with everything that keeps this recipe from training here, on the ranks of `world`,
+    in the run's directory `folder` if given: a run that goes on needs no weights to start from.
+
+    Returns whether a step fits in memory with all weights and gradients there throughout; None if unknown.
+    """
+    world = world or World()
     tokenizer: Tokenizer = recipe.component("tokenizer")
     data: Data = recipe.component("data")
-    shapes = _shapes(recipe)
-    problems = [*shapes, *data.problems(tokenizer.spec), *([] if shapes else _memory(recipe))]
-    if not _goes_on(recipe, folder):
+    problems = [*_shapes(recipe), *_division(recipe, world)]
+    gathered_fits = None
+    if not problems:
+        problems, gathered_fits = _memory(recipe, world, device or choose_device(recipe.run.device))
+    problems += data.problems(tokenizer.spec)
+    if fresh:
         problems += init_from.problems(recipe)
     if problems:
         raise RecipeError(problems)
+    return gathered_fits
 
 
-def _goes_on(recipe: Recipe, folder: Path | None) -> bool:
-    checkpoint: Checkpoint = recipe.component("checkpoint")
-    return folder is not None and checkpoint.build(folder / "checkpoints").latest() is not None
+def _of_option(recipe: Recipe, table: str, problem: str) -> str:
+    """A component's complaint, which begins with its option's name, with the place of that option."""
+    option = problem.split(" ", 1)[0]
+    return f"{recipe.origin((table, option))}: {table}.{problem}"
 
 
 def _shapes(recipe: Recipe) -> list[str]:
@@ -47,34 +74,53 @@ def _shapes(recipe: Recipe) -> list[str]:
     ]
 
 
-def _memory(recipe: Recipe) -> list[str]:
-    device = choose_device(recipe.run.device)
+def _division(recipe: Recipe, world: World) -> list[str]:
+    """What cannot be divided among the ranks."""
+    backbone: Backbone = recipe.component("backbone")
+    parallel: Parallel = recipe.component("parallel")
+    found = parallel.problems(backbone.shape, recipe.run.sequence_tokens, world.size)
+    problems = [_of_option(recipe, "parallel", problem) for problem in found]
+    try:
+        rows_of(recipe, world.data_size)
+    except RecipeError as error:
+        problems += error.problems
+    return problems
+
+
+def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[str], bool | None]:
+    """What is wrong, and whether all weights and gradients fit throughout a step."""
     if device.type == "cuda":
         present, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     else:
-        present, where = psutil.virtual_memory().available, "this machine"
-    parts = _predicted(recipe, present)
-    needed = sum(parts.values())
+        present, where = psutil.virtual_memory().available // world.launch.local_size, "this machine"
+        where += f", for each of {world.launch.local_size} ranks," if world.launch.local_size > 1 else ""
+    parallel: Parallel = recipe.component("parallel")
+    alone, complete = _predicted(recipe, world, present)
+    of_rank = {gathered: parallel.memory(alone, world.size, gathered=gathered) for gathered in (False, True)}
+    needed = min(memory.total for memory in of_rank.values())
     if needed <= present:
-        return []
+        return [], of_rank[True].total <= present if complete else None
+    least = min(of_rank.values(), key=lambda memory: memory.total)
+    parts = {name: size for name, size in asdict(least).items() if size}
     detail = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     return [
         f"too little memory: needs at least {needed / 2**30:.1f} GiB ({detail}), {where} has "
         f"{present / 2**30:.1f} GiB free. Lower run.micro_batch or the backbone's sizes with --set, choose "
         "another activation_checkpoint.kind (lattice plan compares them), or use a larger machine"
-    ]
+    ], None
 
 
-def _predicted(recipe: Recipe, present: int) -> dict[str, int]:
-    """Bytes by part: of weights, gradients and two moments if these are too much already, else of a step."""
-    parameters = sum(p.numel() for p in build_model(recipe, device="meta").parameters())
-    state = {"weights, gradients and optimizer state": 16 * parameters}
-    if 16 * parameters > present:
-        return state
-    run = recipe.run
+def _predicted(recipe: Recipe, world: World, present: int) -> tuple[StepMemory, bool]:
+    """Of a process alone, and whether that is all: of weights, gradients and two moments only, if a rank's
+    share of these is too much already or a step cannot be predicted."""
+    parallel: Parallel = recipe.component("parallel")
+    size = 4 * sum(p.numel() for p in build_model(recipe, device="meta").parameters())
+    state = StepMemory(parameters=size, gradients=size, optimizer=2 * size, logits=0, activations=0)
+    if parallel.memory(state, world.size, gathered=False).total > present:
+        return state, False
     try:
-        memory = step_memory(recipe, rows=run.micro_batch or run.sequences, length=run.sequence_tokens)
+        rows = rows_of(recipe, world.data_size)
+        return step_memory(recipe, rows=rows, length=recipe.run.sequence_tokens), True
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         say(f"memory is not predicted: what the recurrence computes depends on values ({error})")
-        return state
-    return {part: size for part, size in asdict(memory).items() if size}
+        return state, False

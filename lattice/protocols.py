@@ -18,19 +18,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lattice.cost import LayerCost as LayerCost
 from lattice.cost import Pass as Pass
+from lattice.world import World
 
 if TYPE_CHECKING:
-    import torch
-
     from lattice.cache import KVCache
     from lattice.decoder import Decoder
     from lattice.draws import Draw
+    from lattice.memory import StepMemory
     from lattice.model import LanguageModel
     from lattice.slots import Side
+    from lattice.spread import Site, Spread
     from lattice.stack import Stack
 
 T = TypeVar("T")
@@ -46,6 +48,9 @@ class Shape:
     vocab_size: int
     context: int
     """Longest sequence in tokens."""
+    splits: int
+    """Into how many equal parts the heads and the inner width of a layer can be divided, at most: any divisor
+    of it will do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,11 @@ class Precision(Protocol):
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]: ...
 
     @property
+    def weights(self) -> torch.dtype:
+        """In which format matrix products read the weights of the layers."""
+        return torch.float32
+
+    @property
     def as_in_memory(self) -> Precision:
         """A precision that keeps as much for the backward pass and runs on every device: what memory is
         predicted with."""
@@ -234,18 +244,29 @@ class Loss(Protocol):
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
 class Parallel(Protocol):
-    """On which devices, and how the model is spread over them."""
-
-    @property
-    @abstractmethod
-    def rank(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def world_size(self) -> int: ...
+    """Over which ranks a run is spread, and how."""
 
     @abstractmethod
-    def apply(self, model: nn.Module, device: torch.device) -> nn.Module: ...
+    def together(self, size: int) -> int:
+        """How many neighbouring ranks of `size` work on the same sequences. Raises ValueError, beginning with
+        the option's name, where so many ranks cannot be arranged."""
+
+    def problems(self, shape: Shape, length: int, size: int) -> list[str]:
+        """What of a model and of sequences of `length` tokens cannot be divided among `size` ranks."""
+        return []
+
+    def memory(self, alone: StepMemory, size: int, *, gathered: bool) -> StepMemory:
+        """Of a rank, from that of a process alone; `gathered`: with all weights and gradients there
+        throughout a step."""
+        return alone
+
+    def shard(self, model: LanguageModel, site: Site) -> None:
+        """Divides the weights, before there are any: they are on the meta device."""
+        return None
+
+    @abstractmethod
+    def spread(self, model: LanguageModel, site: Site) -> Spread:
+        """Once the model has its weights."""
 
 
 class Optimizer(Protocol):
@@ -374,14 +395,16 @@ class Data(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Saves and restores the state of one run."""
+    """Saves and restores the state of one run. Of several ranks all call the same methods in the same order,
+    and what fails on one raises on all at the same call."""
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
         """Starts saving. Raises OSError if an earlier save turns out to have failed."""
         ...
 
     def poll(self) -> None:
-        """Raises OSError if a save that was started has failed already; never waits."""
+        """Called once a step. Raises OSError if a save that was started has failed already; does not wait for
+        it to end."""
         ...
 
     def wait(self) -> None:
@@ -444,6 +467,8 @@ class EvaluationSubject:
     device: torch.device
     step: int
     """Optimizer steps that the weights have taken."""
+    world: World = field(default_factory=World)
+    """All ranks evaluate, each its share of the text: sums are over all."""
 
     @cached_property
     def source(self) -> Source:

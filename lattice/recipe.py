@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 
 from lattice import options, registry, toml_source
+from lattice.launch import Agreed
 from lattice.protocols import ROLES, TABLES
 from lattice.run_options import RunOptions
 from lattice.toml_source import Origin, Path_, Source
@@ -23,7 +24,7 @@ DEFAULTS = Path(__file__).with_name("defaults.toml")
 TOP_LEVEL = ("run", *TABLES)
 
 
-class RecipeError(ValueError):
+class RecipeError(Agreed):
     """Everything that is wrong with a recipe, a line for each: place, key, value, what is allowed."""
 
     def __init__(self, problems: Iterable[str]) -> None:

@@ -212,7 +212,7 @@ def _try_build(cls: type) -> None:
     """What a recurrence builds is looked at when its file is imported, if its options have defaults."""
     try:
         with torch.device("meta"):
-            unroll = cls().build(Shape(hidden_size=64, num_layers=8, vocab_size=128, context=64))
+            unroll = cls().build(Shape(hidden_size=64, num_layers=8, vocab_size=128, context=64, splits=4))
     except Exception:  # an option is required, or this shape does not suit it: the model will look again
         return
     check_unroll(unroll)

@@ -28,7 +28,17 @@ from lattice.recipe import Recipe, RecipeError
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-MAY_DIFFER = ("run.steps", "run.log_every", "run.device", "metrics", "evaluators", "checkpoint", "imports")
+MAY_DIFFER = (
+    "run.steps",
+    "run.log_every",
+    "run.device",
+    "run.timeout",
+    "parallel",
+    "metrics",
+    "evaluators",
+    "checkpoint",
+    "imports",
+)
 """What may change between the parts of an interrupted run without making it another run."""
 
 

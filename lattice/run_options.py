@@ -25,6 +25,8 @@ class RunOptions:
     init_from: str | None = None
     """Hugging Face directory whose weights a fresh run starts from; newly drawn ones if not given. A run that
     goes on reads its own checkpoint instead."""
+    timeout: float = 1800.0
+    """Seconds after which a rank that waits for another gives up, and says for which."""
     log_every: int = 10
     """Steps between lines on a terminal that is no TTY; metrics.jsonl holds every step."""
 
@@ -32,6 +34,8 @@ class RunOptions:
         for name in ("steps", "batch_tokens", "sequence_tokens", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"timeout = {self.timeout}: must be greater than 0")
         if self.init_from is not None and not self.init_from:
             raise ValueError("init_from = '': must be a Hugging Face directory")
         if not 0 <= self.seed < 2**63:

@@ -57,6 +57,8 @@ class Stack:
         self._cached: WeakKeyDictionary[KVCache, dict[tuple[Segment, int], AttentionMask]]
         self._cached = WeakKeyDictionary()
         self._rotary: dict[int, Rotary] = {}
+        self.passes = 0
+        """How often `run` was called."""
 
     @property
     def num_layers(self) -> int:
@@ -111,6 +113,7 @@ class Stack:
         values. With a `cache` the slots also attend to what it holds, as far as the mask lets them, and their
         keys and values are written to it, in place of those that the same slots had there.
         """
+        self.passes += 1
         stages = sum(_stages(part) for part in slots)
         segment = self.segment(stages, first_stage)
         mask = self._attention_mask(segment, cache)

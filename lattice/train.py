@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,15 +19,20 @@ from typing import Any
 import torch
 
 from lattice import atomic, hardware, preflight, run_folder, state
-from lattice.assemble import TrainingGraph, training_graph
-from lattice.console import Training, say
+from lattice.assemble import TrainingGraph, choose_device, training_graph
+from lattice.console import Training, only_first, say
 from lattice.draws import Draw
 from lattice.interrupts import StopRequest
+from lattice.launch import Agreed, Launch
 from lattice.protocols import Batch, MetricWriter
-from lattice.recipe import Recipe, load_recipe
+from lattice.rank_log import RankLog
+from lattice.recipe import Recipe, RecipeError, load_recipe
+from lattice.sharded import clip_gradients
+from lattice.watch import Watch
+from lattice.world import World, joined
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(Agreed):
     """The loss or a gradient is no number; nothing was updated with it."""
 
 
@@ -38,33 +44,61 @@ def train(
 ) -> dict[str, Any]:
     """Trains as the recipe says, or goes on where an interrupted run in `out` stopped.
 
-    `out` is the run's directory, `runs/<recipe name>` if not given. Returns the content of summary.json; a
-    run that was asked to stop (SIGINT, SIGTERM) returns `{"stopped_at": step, …}`. Raises RecipeError for
-    what is wrong with the recipe, ValueError and OSError for what goes wrong on the way, with the last
-    good checkpoint named.
+    `out` is the run's directory, `runs/<recipe name>` if not given. Launched by torchrun, all its processes
+    call this. Returns the content of summary.json; a run that was asked to stop (SIGINT, SIGTERM) returns
+    `{"stopped_at": step, …}`. Raises RecipeError for what is wrong with the recipe, ValueError and OSError
+    for what goes wrong on the way, with the last good checkpoint named.
     """
     recipe = load_recipe(recipe, overrides or [])
     folder = Path(out) if out is not None else Path("runs") / recipe.name
-    finished = _finished(folder, recipe)
+    launch = Launch.here()
+    world = World(launch, together=preflight.together(recipe, launch))
+    device = choose_device(recipe.run.device, local_rank=launch.local_rank)
+    with only_first(launch.rank), joined(world, device, recipe.run.timeout):
+        world.agree("the resolved recipe", recipe.to_toml())
+        return _train(recipe, folder, world, device)
+
+
+def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> dict[str, Any]:
+    finished = world.from_first(lambda: _finished(folder, recipe))
     if finished is not None:
         return finished
-    preflight.check(recipe, folder)
-    with run_folder.locked(folder):
-        run_folder.check_same(folder, recipe)
-        graph = training_graph(recipe, folder)
-        run_folder.open_run(folder, recipe)  # a recipe whose parts do not fit leaves no run behind
+    checkpointer = recipe.component("checkpoint").build(folder / "checkpoints")
+    fresh = checkpointer.latest() is None
+    gathered_fits = world.from_first(
+        lambda: preflight.check(recipe, fresh=fresh, world=world, device=device)
+    )
+    with ExitStack() as stack:
+        world.from_first(lambda: stack.enter_context(run_folder.locked(folder)))
+        world.from_first(lambda: run_folder.check_same(folder, recipe))
+        log = stack.enter_context(RankLog(folder, world))
+        graph = training_graph(
+            recipe,
+            folder,
+            checkpointer=checkpointer,
+            world=world,
+            device=device,
+            gathered_fits=gathered_fits,
+        )
+        # Only now: a recipe whose parts do not fit leaves no run behind.
+        world.from_first(lambda: run_folder.open_run(folder, recipe))
         torch.manual_seed(recipe.run.seed)
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
         if resumed["step"] > recipe.run.steps:
-            raise ValueError(
-                f"run.steps = {recipe.run.steps}: the run in '{folder}' has taken {resumed['step']} already; "
-                "must be at least that, or choose another directory with --out"
+            raise RecipeError(
+                [
+                    f"run.steps = {recipe.run.steps}: the run in '{folder}' has taken {resumed['step']} "
+                    "already; must be at least that, or choose another directory with --out"
+                ]
             )
         if resumed["step"]:
             say(f"resuming '{folder}' after step {resumed['step']}")
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
-        say(f"{parameters:,} parameters on {graph.device}; the run's directory is '{folder}'")
-        return Loop(graph, resumed["step"], resumed["seconds"]).run()
+        ranks = f" and {world.size - 1} other ranks" if world.size > 1 else ""
+        say(f"{parameters:,} parameters on {graph.device}{ranks}; the run's directory is '{folder}'")
+        log.event("ready", step=resumed["step"])
+        watch = stack.enter_context(Watch(folder, world, recipe.run.timeout, log).on())
+        return Loop(graph, resumed["step"], resumed["seconds"], watch).run()
 
 
 def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -83,8 +117,9 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 class Loop:
     """One part of a run, from a checkpoint or the start to the end or an interruption."""
 
-    def __init__(self, graph: TrainingGraph, first: int, seconds_before: float) -> None:
+    def __init__(self, graph: TrainingGraph, first: int, seconds_before: float, watch: Watch) -> None:
         self.graph = graph
+        self.watch = watch
         self.run_options = graph.recipe.run
         self.first = first
         self.started = time.perf_counter() - seconds_before
@@ -94,24 +129,38 @@ class Loop:
         graph, options = self.graph, self.run_options
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            stack.callback(graph.checkpointer.wait)
+            stack.push(self._wait)
             self._open_logs(stack)
             shown = stack.enter_context(Training(self.first, options.steps, options.log_every))
             steps = graph.source.steps(self.first)
             graph.model.train()
             for done in range(self.first + 1, options.steps + 1):
+                self.watch.at(done, "data")
                 row = self._step(done, next(steps))
+                self.watch.at(done, "log")
                 self._log(row)
                 shown.step(row)
                 self._evaluate(done, shown)
-                if done % graph.checkpoint_every == 0 or done == options.steps or stop.received:
+                self.watch.at(done, "log")
+                stopping = self._agreed(stop)
+                if done % graph.checkpoint_every == 0 or done == options.steps or stopping:
                     self._save(done)
                 graph.checkpointer.poll()
-                if stop.received and done < options.steps:
-                    return self._stopped(done, stop.received)
+                if stopping and done < options.steps:
+                    return self._stopped(done, stopping)
             if self.first == options.steps:
                 self._evaluate(options.steps, shown)
         return self._summary()
+
+    def _wait(self, kind: type[BaseException] | None, *_: object) -> None:
+        """For the save in flight; not after a failure among others, who may be waiting for this rank."""
+        if kind is None or self.graph.world.size == 1:
+            self.graph.checkpointer.wait()
+
+    def _agreed(self, stop: StopRequest) -> str | None:
+        """The signal that some rank has received: all stop after the same step."""
+        asked = self.graph.world.gather([stop.number])
+        return max((signal.Signals(int(number)).name for (number,) in asked if number), default=None)
 
     def _step(self, done: int, batches: list[Batch]) -> dict[str, Any]:
         """Takes step number `done` (from 1) and returns its line of metrics."""
@@ -119,11 +168,14 @@ class Loop:
         lr = graph.peak_lr * graph.schedule.factor(done - 1, self.run_options.steps)
         for group in graph.optimizer.param_groups:
             group["lr"] = lr
-        loss, telemetry = self._forward_backward(batches, Draw(self.run_options.seed, done - 1))
+        self.watch.at(done, "passes")
+        losses, telemetry = self._forward_backward(done, batches)
+        self.watch.at(done, "update")
         limit = math.inf if graph.grad_clip is None else graph.grad_clip
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(graph.model.parameters(), limit))
+        grad_norm = clip_gradients(graph.model.parameters(), limit)
+        loss = sum(losses) / graph.world.together
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._non_finite(done, loss, grad_norm, batches)
+            raise self._non_finite(done, losses, grad_norm, batches)
         graph.optimizer.step()
         graph.optimizer.zero_grad()
         tokens = self.run_options.batch_tokens
@@ -137,30 +189,45 @@ class Loop:
             **telemetry,
         }
 
-    def _forward_backward(self, batches: list[Batch], draw: Draw) -> tuple[float, dict[str, Any]]:
-        """Mean loss over the targets of all micro-batches, and the mean of their telemetry."""
-        graph, device = self.graph, self.graph.device
-        count = sum(int((batch.targets_BL != -100).sum()) for batch in batches)
-        losses, telemetry = [], []
-        for batch in batches:
-            batch = batch.to(device)
-            with graph.autocast():
-                output = graph.model(
-                    batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL, draw=draw
-                )
-            loss = output.loss_sum / count
-            loss.backward()
+    def _forward_backward(self, done: int, batches: list[Batch]) -> tuple[list[float], dict[str, Any]]:
+        """Each rank's part of the mean loss over the targets of all micro-batches of all ranks, and the mean
+        of their telemetry."""
+        graph, world = self.graph, self.graph.world
+        draw = Draw(self.run_options.seed, done - 1)
+        world.agree("the step", str(done))
+        (count,) = world.sum([sum(int((batch.targets_BL != -100).sum()) for batch in batches)])
+        losses, telemetry, passes = [], [], 0
+        for number, batch in enumerate(batches, 1):
+            batch = batch.to(graph.device)
+            with graph.spread.micro_batch(last=number == len(batches)):
+                with graph.autocast():
+                    output = graph.spread(
+                        batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL, draw=draw
+                    )
+                loss = output.loss_sum / count
+                loss.backward()
             losses.append(loss.detach())
             telemetry.append(output.telemetry)
-        names = telemetry[0]
-        means = {name: torch.stack([one[name] for one in telemetry]).mean(0).tolist() for name in names}
-        return float(torch.stack(losses).sum()), means
+            passes += output.passes
+        graph.spread.finish()
+        world.agree(f"the number of passes in step {done}, {passes} here,", str(passes))
+        of_ranks = world.gather([float(torch.stack(losses).sum())])
+        means = {
+            name: world.mean(torch.stack([one[name] for one in telemetry]).mean(0)) for name in telemetry[0]
+        }
+        return [loss for (loss,) in of_ranks], means
 
-    def _non_finite(self, done: int, loss: float, grad_norm: float, batches: list[Batch]) -> NonFiniteLoss:
-        self.graph.checkpointer.wait()
-        good = self.graph.checkpointer.latest()
+    def _non_finite(
+        self, done: int, losses: list[float], grad_norm: float, batches: list[Batch]
+    ) -> NonFiniteLoss:
+        graph = self.graph
+        graph.checkpointer.wait()
+        good = graph.checkpointer.latest()
         last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        where = "; ".join(batch.identity for batch in batches)
+        read = graph.world.all("; ".join(batch.identity for batch in batches))
+        at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
+        where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
+        loss = sum(losses) / graph.world.together
         return NonFiniteLoss(
             f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite; the weights were not updated. "
             f"The batch: {where}. {last[0].upper()}{last[1:]}"
@@ -172,39 +239,52 @@ class Loop:
             name for name, one in graph.evaluators.items() if last or (one.every and done % one.every == 0)
         ]
         for name in due:
+            self.watch.at(done, "evaluation")
             graph.model.eval()
-            self.results[name] = graph.evaluators[name].evaluate(graph.subject(done))
+            with graph.spread.whole():
+                self.results[name] = graph.evaluators[name].evaluate(graph.subject(done))
             graph.model.train()
             values = {f"{name}/{key}": value for key, value in self.results[name].items()}
             self._log({"step": done, "tokens": done * self.run_options.batch_tokens, **values})
             shown.evaluation(name, done, self.results[name])
 
     def _save(self, done: int) -> None:
+        self.watch.at(done, "checkpoint")
         facts = state.facts(self.graph, done, time.perf_counter() - self.started)
         self.graph.checkpointer.save(done, state.tensors(self.graph), facts)
 
     def _open_logs(self, stack: ExitStack) -> None:
+        """Rank 0 writes what is logged; the numbers are those of all ranks."""
         folder = self.graph.folder
+        self._writers: list[MetricWriter] = []
+        if self.graph.world.rank:
+            return
         finished = self.first == self.run_options.steps
         self._file = run_folder.MetricsFile(folder, self.first, evaluates_again=finished)
         stack.callback(self._file.close)
-        self._writers: list[MetricWriter] = []
         for metrics in self.graph.metrics.values():
             self._writers.append(metrics.build(folder, self.first + 1))
             stack.callback(self._writers[-1].close)
 
     def _log(self, row: dict[str, Any]) -> None:
+        if self.graph.world.rank:
+            return
         self._file.log(row)
         for writer in self._writers:
             writer.log(row["step"], {key: value for key, value in row.items() if key != "step"})
 
-    def _stopped(self, done: int, signal: str) -> dict[str, Any]:
+    def _stopped(self, done: int, received: str) -> dict[str, Any]:
         self.graph.checkpointer.wait()
-        say(f"{signal}: stopped after step {done} and saved; the same command goes on from there")
+        say(f"{received}: stopped after step {done} and saved; the same command goes on from there")
         return {"stopped_at": done, "folder": str(self.graph.folder)}
 
     def _summary(self) -> dict[str, Any]:
         """Written once everything before it is on disk: its presence says that the run is complete."""
+        graph = self.graph
+        peaks = graph.world.gather([run_folder.peak_memory_mib(graph.device)])
+        return graph.world.from_first(lambda: self._write_summary(max(peak for (peak,) in peaks)))
+
+    def _write_summary(self, peak_memory_mib: float) -> dict[str, Any]:
         graph, options = self.graph, self.run_options
         seconds = time.perf_counter() - self.started
         losses = run_folder.training_losses(graph.folder)
@@ -216,10 +296,11 @@ class Loop:
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_mib": run_folder.peak_memory_mib(graph.device),
+            "peak_memory_mib": peak_memory_mib,
             "parameters": sum(parameter.numel() for parameter in graph.model.parameters()),
             "provenance": {
                 "hardware": hardware.describe(graph.device),
+                "ranks": graph.world.size,
                 "fingerprints": graph.source.fingerprints,
             },
         }

@@ -6,6 +6,7 @@ Shapes: B batch, S slots, D hidden, H heads, E head size; any dimensions may sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,6 +76,7 @@ class GPTNeoX(Backbone):
             num_layers=self.num_hidden_layers,
             vocab_size=self.vocab_size,
             context=self.max_position_embeddings,
+            splits=math.gcd(self.num_attention_heads, self.intermediate_size),
         )
 
     @property
@@ -124,14 +126,14 @@ class Attention(nn.Module):
     def __init__(self, options: GPTNeoX) -> None:
         super().__init__()
         size = options.hidden_size
-        self.heads = options.num_attention_heads
+        self.head_size = options.head_size
         self.query_key_value = nn.Linear(size, 3 * size, bias=options.attention_bias)
         self.dense = nn.Linear(size, size, bias=options.attention_bias)
 
     def project(self, x_D: Tensor) -> Projected:
-        # The fused projection is head-major: (H, [query, key, value], E).
+        # The fused projection is head-major: (H, [query, key, value], E), so that a rank may have some heads.
         qkv: Tensor = self.query_key_value(x_D)
-        return Projected(*qkv.view(*qkv.shape[:-1], self.heads, -1).chunk(3, dim=-1))
+        return Projected(*qkv.view(*qkv.shape[:-1], -1, 3 * self.head_size).chunk(3, dim=-1))
 
 
 class MLP(nn.Module):

@@ -7,6 +7,7 @@ before them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,7 @@ class Llama(Backbone):
             num_layers=self.num_hidden_layers,
             vocab_size=self.vocab_size,
             context=self.max_position_embeddings,
+            splits=math.gcd(self.num_attention_heads, self.key_value_heads, self.intermediate_size),
         )
 
     @property

@@ -21,10 +21,12 @@ def writing_path(folder: Path, step: int) -> Path:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The complete checkpoints, the latest step first."""
-    if not folder.is_dir():
+    """The complete checkpoints, the latest step first; none where there is no such folder. Raises OSError
+    where it cannot be listed: that must not pass for a run without checkpoints."""
+    try:
+        found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 
@@ -39,8 +41,9 @@ def clean(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(writing: Path, step: int, keep: int) -> None:
-    """Gives a sealed directory its final name, then removes all but the last `keep`."""
+def publish(writing: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Gives a sealed directory its final name, then removes all but the last `keep` and those of every
+    `keep_every`-th step."""
     folder = writing.parent
     final = folder / step_name(step)
     for path in candidates(folder):
@@ -53,6 +56,8 @@ def publish(writing: Path, step: int, keep: int) -> None:
     sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     for path in candidates(folder)[keep:]:
+        if keep_every is not None and (step_of(path) or 0) % keep_every == 0:
+            continue
         # Deleting takes time: under its own name a half-deleted checkpoint would look like a damaged one.
         removed = path.rename(folder / f"{_REMOVED}{path.name}")
         shutil.rmtree(removed, ignore_errors=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def seal(folder: Path, step: int) -> None:
-    """Writes the manifest of all files in `folder`; on return all of it is on the disk."""
+def entries(paths: Iterable[Path]) -> dict[str, Any]:
+    """What the manifest says of files that were just written; on return they are on the disk."""
     files: dict[str, Any] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(paths):
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         sync(path)
+    return files
+
+
+def seal(folder: Path, step: int, files: dict[str, Any]) -> None:
+    """Writes the manifest of `files`; on return it is on the disk. Raises OSError for a tensor file that is
+    not among them."""
+    for found in sorted(folder.glob("*.safetensors")):  # may lack what others wrote just now, if shared
+        if found.name not in files:
+            raise OSError(f"{found} was written by nobody")
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=1))
     sync(manifest)
     sync(folder)
 
 
-def verify(folder: Path) -> None:
-    """Raises CorruptCheckpoint that names the first file that is not as it was written."""
-    files = _files(folder)
+def verify(folder: Path, files: dict[str, Any]) -> None:
+    """Raises CorruptCheckpoint that names the first of `files` that is not as it was written."""
     for name, expected in files.items():
         path = folder / name
         try:
@@ -72,39 +81,32 @@ def verify(folder: Path) -> None:
             raise CorruptCheckpoint(f"{path} is missing") from None
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
-    # The reader would take every tensor file that it finds, and the facts.
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        if path.name not in files and path.name != MANIFEST:
-            raise CorruptCheckpoint(f"{path} does not belong to the checkpoint: {MANIFEST} does not list it")
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Every file's size and SHA-256. Raises CorruptCheckpoint where that cannot be known, and for files of
+    tensors or facts that are not listed: they would be read all the same."""
     path = folder / MANIFEST
-    manifest = read_json(path)
     try:
-        entries = manifest["files"].items()
-        files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in entries}
+        manifest = json.loads(path.read_bytes())
+        listed = manifest["files"].items()
+        files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in listed}
         version, step = manifest["format"], manifest["step"]
-    except (KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     for name in files:
-        if not _FILE.fullmatch(name):  # of a file elsewhere, or of a device that has no end
-            raise CorruptCheckpoint(f"{path} lists {name!r}, which is no file of the checkpoint")
+        if not _FILE.fullmatch(name):  # nor one without end, such as a device
+            raise CorruptCheckpoint(f"{path} lists {name!r}, which is not the name of a file beside it")
     if version != 1:
         raise CorruptCheckpoint(f"{path}: format {version} is unknown to this version, which knows format 1")
     if step != step_of(folder):
         raise CorruptCheckpoint(f"{path} is of step {step}, not of {folder.name}")
+    for found in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        if found.name not in files and found.name != MANIFEST:
+            raise CorruptCheckpoint(f"{found} does not belong to the checkpoint: {MANIFEST} does not list it")
     return files
-
-
-def read_json(path: Path) -> Any:
-    """Raises CorruptCheckpoint where there is none that can be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CorruptCheckpoint(f"{path} is missing") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _sha256(path: Path) -> str:

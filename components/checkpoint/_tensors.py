@@ -7,9 +7,9 @@ in safetensors files, which hold a JSON header and plain numbers.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from lattice.components.checkpoint._manifest import CheckpointError, CorruptCheckpoint
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from lattice.components.checkpoint._ranks import Ranks
 
 _FILE_BYTES = 2 << 30
 """A file is serialised in memory before it is written: this bounds what that takes beside the copy."""
@@ -48,63 +48,97 @@ def _leaves(tensors: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def start_writing(path: Path, tensors: dict[str, Any], group: ProcessGroup | None) -> Future[Any]:
-    """Copies the tensors and starts writing the copy. On return they may be changed.
+def prepare_writing(path: Path, flat: dict[str, Tensor], ranks: Ranks) -> Callable[[], None]:
+    """Copies the tensors, which may then be changed, and returns what writes the copy when it is called.
 
-    With several ranks every rank calls this and writes its own shards, and the future resolves on all once
-    the last one has written; of tensors that all ranks hold whole, one rank writes each.
+    Every rank calls it and writes its own shards; it returns on all once the last one has written. Of tensors
+    that all ranks hold whole, one rank writes each.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import async_save
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    _quiet()
-    flat = flatten(tensors)
+    # A filter rather than `catch_warnings`: this is for another thread, and the context manager would swap
+    # the filters of all threads.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    alone = ranks.group is None
     writer = HuggingFaceStorageWriter(
         path=str(path),
-        fqn_to_index_mapping=_file_numbers(flat),
+        fqn_to_index_mapping=_file_numbers(flat, _FILE_BYTES * ranks.size),
         thread_count=1,
-        save_distributed=group is not None,
+        save_distributed=not alone,
     )
-    saving = async_save(flat, storage_writer=writer, process_group=group, no_dist=group is None)
-    return cast("Future[Any]", saving)
+    copy = writer.stage(cast("dict[str, Any]", flat))
+
+    def write() -> None:
+        save(copy, storage_writer=writer, process_group=ranks.group, no_dist=alone)
+
+    return write
 
 
-def _file_numbers(flat: dict[str, Tensor]) -> dict[str, int]:
-    """Name -> number of the file it goes to, from 1."""
+def written_files(path: Path, ranks: Ranks) -> list[Path]:
+    """The files in `path` that this rank wrote."""
+    mine = "*" if ranks.group is None else f"shard-{ranks.rank + 1:05d}-*"
+    return list(path.glob(mine))
+
+
+def _file_numbers(flat: dict[str, Tensor], limit: int) -> dict[str, int]:
+    """Name -> number of the file it goes to, from 1. A number stands for `limit` bytes over all ranks, each
+    of which writes its part of them to a file of its own."""
     numbers, number, filled = {}, 1, 0
     for name, tensor in flat.items():
         size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > _FILE_BYTES:
+        if filled and filled + size > limit:
             number, filled = number + 1, 0
         numbers[name] = number
         filled += size
     return numbers or {"": 1}  # the writer takes the largest number, also of no tensors at all
 
 
-def read(path: Path, tensors: dict[str, Any], group: ProcessGroup | None) -> None:
-    """Fills `tensors` in place. Raises CheckpointError, with nothing changed, if what is stored differs in
-    a name, a shape or a number format. Top-level entries that `tensors` lacks are not read."""
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
+def prepare_reading(path: Path, tensors: dict[str, Any]) -> Callable[[], None]:
+    """What fills `tensors` in place when it is called, each rank its own shards, whatever ranks and layout
+    they were saved with. Raises CheckpointError if what is stored differs in a name, a shape or a number
+    format. Top-level entries that `tensors` lacks are not read.
 
-    _quiet()
+    This is DCP's `load` without its collectives, which unpickle the plans that ranks send each other.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     flat = flatten(tensors)
     reader = HuggingFaceStorageReader(str(path))
     try:
-        metadata = reader.read_metadata().state_dict_metadata
-    # The reader trusts what it finds in a header: it raises whatever a wrong one leads to.
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        metadata = reader.read_metadata()
+    except Exception as error:  # whatever a header that somebody made up leads to
         raise CorruptCheckpoint(f"{path} holds a file that is no safetensors file: {error}") from error
-    stored = {
-        name: _described(cast(Any, entry).size, cast(Any, entry).properties.dtype)
-        for name, entry in metadata.items()
+    stored: dict[str, Any] = {
+        name: entry
+        for name, entry in metadata.state_dict_metadata.items()
         if any(f"{name}.".startswith(f"{key}.") for key in tensors)
     }
-    _compare(path, stored, {name: _described(tensor.shape, tensor.dtype) for name, tensor in flat.items()})
-    if flat:
-        state = cast("dict[str, Any]", flat)
-        load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    _check_whole(path, stored)
+    _compare(
+        path,
+        {name: _described(entry.size, entry.properties.dtype) for name, entry in stored.items()},
+        {name: _described(tensor.shape, tensor.dtype) for name, tensor in flat.items()},
+    )
+
+    def fill() -> None:
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner(cast("dict[str, Any]", flat), metadata, True)
+        reader.set_up_storage_reader(metadata, True)
+        reader.read_data(planner.create_local_plan(), planner).wait()
+
+    return fill
+
+
+def _check_whole(path: Path, stored: dict[str, Any]) -> None:
+    """Raises CorruptCheckpoint for a tensor of which a shard is missing: reading would leave a gap."""
+    for name, entry in stored.items():
+        elements = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if elements != math.prod(entry.size):
+            raise CorruptCheckpoint(
+                f"{path} holds {elements} of the {math.prod(entry.size)} elements of {name}"
+            )
 
 
 def _described(shape: torch.Size, dtype: torch.dtype) -> str:
@@ -123,9 +157,3 @@ def _compare(path: Path, stored: dict[str, str], wanted: dict[str, str]) -> None
         raise CheckpointError(
             f"the checkpoint is of another model: {'; '.join(differing[:_SHOWN])}{more} ({path})"
         )
-
-
-def _quiet() -> None:
-    # A filter rather than `catch_warnings`: DCP warns in its own thread, and the context manager would swap
-    # the filters of all threads.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -8,28 +8,30 @@ Loading never executes code from a checkpoint (see `_tensors.py`).
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import threading
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lattice.components.checkpoint import _folder
 from lattice.components.checkpoint._manifest import (
     CheckpointError,
     CorruptCheckpoint,
-    read_json,
+    entries,
+    read_manifest,
     seal,
     step_of,
     verify,
 )
-from lattice.components.checkpoint._tensors import read, start_writing
+from lattice.components.checkpoint._ranks import Ranks
+from lattice.components.checkpoint._saving import Saving
+from lattice.components.checkpoint._tensors import flatten, prepare_reading, prepare_writing, written_files
 from lattice.protocols import Checkpoint, Checkpointer
 from lattice.registry import register
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["CheckpointError", "CorruptCheckpoint", "DcpCheckpoint", "DcpCheckpointer"]
 
@@ -41,12 +43,15 @@ FACTS = "facts.json"
 class DcpCheckpoint(Checkpoint):
     """Sharded safetensors checkpoints, written beside the training, whole or not at all.
 
-    Needs room for `keep` + 1 checkpoints on the disk and for one copy of the state in CPU memory."""
+    Saved by any number of ranks in any layout, loaded by any other. Needs room on the disk for one checkpoint
+    more than are kept and in CPU memory for one copy of what a rank holds."""
 
     every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
     """Complete checkpoints that are kept, the latest ones."""
+    keep_every: int | None = None
+    """Those whose step is a multiple of this are kept for ever beside them; none if left out."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written."""
 
@@ -54,76 +59,130 @@ class DcpCheckpoint(Checkpoint):
         for option in ("every", "keep"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} = {getattr(self, option)}: must be 1 or more")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise ValueError(
+                f"keep_every = {self.keep_every}: must be a multiple of every = {self.every}, or left out"
+            )
 
     def build(self, folder: Path) -> Checkpointer:
         """With several ranks all call it, after `init_process_group`, with one folder that all see."""
-        return DcpCheckpointer(folder, keep=self.keep, asynchronous=self.asynchronous)
+        return DcpCheckpointer(folder, self)
 
 
 class DcpCheckpointer(Checkpointer):
-    """Of several ranks, rank 0 seals and names the directory once all have written.
+    """Of several ranks, all call the same methods in the same order.
 
-    Left for later, with many ranks: each verifies all files when loading, and each falls back by itself.
+    Rank 0 decides what there is: the candidates, the manifest and the facts are what it reads. Each rank
+    writes its shards, hashes what it wrote, and verifies its share of the files when loading; rank 0 seals
+    and names the directory once all have written. What fails on one rank fails on all with the same
+    exception: `save`, `wait`, `load`, `load_latest` and `candidates` at that call, and of the calls of `poll`
+    the same one on every rank, which is why all count them. Where a rank is gone, its neighbours notice; the
+    others do when those end, so a rank that has failed ends without `wait`. In any other case `wait` comes
+    last: a save does not outlive the process.
     """
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+    def __init__(self, folder: Path, options: DcpCheckpoint) -> None:
         self._folder = folder
-        self._keep = keep
-        self._asynchronous = asynchronous
-        self._rank = _rank()
-        self._group = _own_group()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._saving: Future[None] | None = None
+        self._options = options
+        self._ranks = Ranks()
+        self._saving: Saving | None = None
+        self._used = False
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-        """`tensors` (nested dicts) are copied before this returns and may then be changed. Waits for the
-        save before, and raises OSError if that one failed; calling again then saves."""
+        """`tensors` (nested dicts) are copied before this returns and may then be changed; the facts are rank
+        0's. Waits for the save before, and raises OSError if that one failed; calling again then saves."""
         written_facts = json.dumps(facts, indent=1)
+        flat = flatten(tensors)
         self.wait()
-        self._tidy()
-        writing = _folder.writing_path(self._folder, step)
-        tensors_written = start_writing(writing, tensors, self._group)
-        self._saving = self._worker.submit(self._complete, step, writing, tensors_written, written_facts)
-        if not self._asynchronous:
+        steps = set(self._ranks.gather(step))
+        if len(steps) > 1:
+            raise ValueError(f"the ranks save different steps: {sorted(steps)}")
+        try:
+            self._ranks.from_first(self._tidy)
+        except OSError as error:
+            raise self._explained(step, error) from error
+        write = prepare_writing(_folder.writing_path(self._folder, step), flat, self._ranks)
+        self._saving = Saving()
+        # A daemon: a rank whose training has failed must not wait here for the others, who wait for it.
+        arguments = (self._saving, step, write, written_facts)
+        threading.Thread(target=self._complete, args=arguments, name="checkpoint", daemon=True).start()
+        if not self._options.asynchronous:
             self.wait()
 
     def wait(self) -> None:
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            saving.outcome.result()
 
     def poll(self) -> None:
-        """Raises OSError if the save in flight has failed already; never waits."""
-        if self._saving is not None and self._saving.done():
+        """Called once a step. Raises OSError if the save in flight has failed, at the same poll on all ranks;
+        never waits for it to end."""
+        if self._saving is not None and self._saving.poll():
             self.wait()
 
-    def _complete(self, step: int, writing: Path, tensors_written: Future[Any], facts: str) -> None:
-        """In the worker thread: from tensors being written to a complete checkpoint."""
-        failure: BaseException | None = None
+    def _complete(self, saving: Saving, step: int, write: Callable[[], None], facts: str) -> None:
+        """In a thread of its own: from a copy of the tensors to a complete checkpoint."""
+        writing = _folder.writing_path(self._folder, step)
         try:
-            tensors_written.result()
-            if self._rank == 0:
-                (writing / FACTS).write_text(facts)
-                seal(writing, step)
-                _folder.publish(writing, step, self._keep)
-        except BaseException as error:  # DCP's own exception is no Exception
-            failure = error
-            if self._rank == 0:
-                _folder.clean(self._folder)
-        if _any_failed(failure is not None, self._group):
-            raise self._explained(step, failure) from failure
+            self._write(write)
+            mine = self._ranks.together(lambda: self._finish_mine(writing, facts))
+            files = {name: entry for one in self._ranks.gather(mine) for name, entry in one.items()}
+            self._ranks.from_first(lambda: self._publish(writing, step, files))
+            saving.outcome.set_result(None)
+        except Exception as error:
+            explained = self._explained(step, error)
+            explained.__cause__ = error
+            saving.fail(self._ranks, explained)
 
-    def _explained(self, step: int, failure: BaseException | None) -> OSError:
-        cause = _cause(failure)
-        good = self.latest()
-        last = f"the last good one is step {step_of(good)} in {good}" if good else "there is no earlier one"
+    def _write(self, write: Callable[[], None]) -> None:
+        """Until all ranks have written. Raises what the first to fail raised."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            write()
+        except CheckpointException as error:  # on all ranks; no Exception; it lists the failures by rank
+            raise next(cause for cause, _ in error.failures.values()) from error
+        except Exception as error:  # in between what DCP agrees on
+            raise self._ranks.lost(error) from error
+
+    def _finish_mine(self, writing: Path, facts: str) -> dict[str, Any]:
+        """Until this rank's files are on the disk; returns what the manifest says of them."""
+        mine = written_files(writing, self._ranks)
+        if self._ranks.rank == 0:
+            mine.append(writing / FACTS)
+            mine[-1].write_text(facts)
+        return entries(mine)
+
+    def _publish(self, writing: Path, step: int, files: dict[str, Any]) -> None:
+        seal(writing, step, files)
+        _folder.publish(writing, step, self._options.keep, self._options.keep_every)
+
+    def _explained(self, step: int, cause: Exception) -> OSError:
+        """On all ranks, in rank 0's words."""
+        last = self._last_good() if self._ranks.rank == 0 else ""
+        try:
+            last = self._ranks.first(last)
+        except OSError:  # a rank is gone
+            last = last or self._last_good()
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         error = OSError(f"checkpoint of step {step} could not be saved: {reason} ({self._folder}); {last}")
         error.errno = getattr(cause, "errno", None)
         return error
 
+    def _last_good(self) -> str:
+        """Says so, after a failed save, of which rank 0 removes the remains."""
+        try:
+            if self._ranks.rank == 0:
+                _folder.clean(self._folder)
+            good = next(iter(_folder.candidates(self._folder)), None)
+        except OSError as error:
+            return f"what there is cannot be read: {error.strerror}"
+        return f"the last good one is step {step_of(good)} in {good}" if good else "there is no earlier one"
+
     def candidates(self) -> list[Path]:
-        return _folder.candidates(self._folder)
+        self._settle()
+        names = self._ranks.from_first(lambda: [path.name for path in _folder.candidates(self._folder)])
+        return [self._folder / name for name in names]
 
     def latest(self) -> Path | None:
         return next(iter(self.candidates()), None)
@@ -132,63 +191,49 @@ class DcpCheckpointer(Checkpointer):
         """Raises CorruptCheckpoint for damaged files and CheckpointError for tensors of other names, shapes
         or number formats, both before anything is changed. Top-level entries of the checkpoint that
         `tensors` lacks are left out: evaluation asks for the model only."""
-        verify(path)
-        facts = read_json(path / FACTS)
-        if not isinstance(facts, dict):
-            raise CorruptCheckpoint(f"{path / FACTS} must hold a JSON object")
-        read(path, tensors, self._group)
+        self._settle()
+        files = self._ranks.from_first(lambda: read_manifest(path))
+        share = dict(sorted(files.items())[self._ranks.rank :: self._ranks.size])
+        self._ranks.together(lambda: verify(path, share))
+        facts = self._ranks.from_first(lambda: _read_facts(path / FACTS))
+        fill = self._ranks.together(lambda: prepare_reading(path, tensors))
+        self._ranks.together(fill)
         return facts
+
+    def _settle(self) -> None:
+        """Until a save in flight has ended, well or not: the ranks talk about one thing at a time."""
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving.outcome])
 
     def _tidy(self) -> None:
         """Not when it is built: whoever only reads must not touch what a live run is writing."""
-        if self._rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _folder.clean(self._folder)
+        if self._used and not self._folder.is_dir():
+            warnings.warn(f"{self._folder} has vanished with its checkpoints: made anew", stacklevel=2)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._used = True
+        _folder.clean(self._folder)
 
     def load_latest(self, tensors: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         """For the run itself: also removes what a killed save left behind."""
-        self._tidy()
+        self._settle()
+        self._ranks.from_first(self._tidy)
         candidates = self.candidates()
         for path in candidates:
             try:
                 return path, self.load(path, tensors)
             except CorruptCheckpoint as error:
-                warnings.warn(f"{error}; the checkpoint before it is tried", stacklevel=2)
+                if self._ranks.rank == 0:
+                    warnings.warn(f"{error}; the checkpoint before it is tried", stacklevel=2)
         if candidates:
             raise CheckpointError(f"none of the {len(candidates)} checkpoints in {self._folder} is intact")
         return None
 
 
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _own_group() -> ProcessGroup | None:
-    """A group for checkpoints alone: they talk from their own thread while training uses the others."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group: ProcessGroup = dist.new_group(backend="gloo")
-    return group
-
-
-def _any_failed(failed: bool, group: ProcessGroup | None) -> bool:
-    if group is None:
-        return failed
-    import torch
-    import torch.distributed as dist
-
-    count = torch.tensor(int(failed))
-    dist.all_reduce(count, group=group)
-    return bool(count)
-
-
-def _cause(failure: BaseException | None) -> BaseException:
-    """What lies behind DCP's exception, which lists the failures by rank."""
-    if failure is None:
-        return RuntimeError("another rank failed")
-    by_rank: dict[int, tuple[BaseException, Any]] = getattr(failure, "failures", {})
-    return next((error for error, _ in by_rank.values()), failure)
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise CorruptCheckpoint(f"{path} holds a {type(facts).__name__}, not the facts of a checkpoint")
+    return facts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -47,7 +48,8 @@ class Documents(Evaluator):
             raise ValueError(f"overlap = {self.overlap}: must be less than the model's context of {context}")
         loss, tokens, size, documents = 0.0, 0, 0, 0
         windows: list[tuple[list[int], list[int]]] = []
-        for ids in subject.source.validation_documents(self.max_documents):
+        mine = subject.world.data_rank, subject.world.data_size
+        for ids in islice(subject.source.validation_documents(self.max_documents), mine[0], None, mine[1]):
             documents += 1
             size += len(subject.codec.decode(ids).encode())
             for window in self._windows([subject.codec.eos_id, *ids], context):
@@ -57,6 +59,8 @@ class Documents(Evaluator):
                 loss += self._loss(subject, windows)
                 windows = []
         loss += self._loss(subject, windows)
+        loss, *counts = subject.world.sum([loss, tokens, size, documents])
+        tokens, size, documents = map(int, counts)
         if tokens == 0:
             raise ValueError("the data holds no validation text: prepare it with --validation-fraction")
         mean = loss / tokens

@@ -36,12 +36,13 @@ class Perplexity(Evaluator):
 
     @torch.no_grad()
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for batch in subject.source.validation(self.max_tokens):
             batch = batch.to(subject.device)
             with subject.autocast():
                 total += self._loss_sum(subject, batch)
             count += int((batch.targets_BL != -100).sum())
+        total, count = subject.world.sum([total, count])
         if count == 0:
             raise ValueError("the data holds no validation text: prepare it with --validation-fraction")
         loss = total / count

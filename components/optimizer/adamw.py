@@ -9,6 +9,7 @@ from torch import nn
 
 from lattice.protocols import Optimizer
 from lattice.registry import register
+from lattice.sharded import alike
 
 _FUSED_ON = {"cuda", "cpu"}
 
@@ -46,12 +47,15 @@ class AdamW(Optimizer):
             raise ValueError(f"grad_clip = {self.grad_clip}: must be greater than 0, or left out")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Two parameter groups, always in this order: those that decay, those that do not. Frozen parameters
-        are left out, shared ones occur once."""
+        """Parameter groups, always in this order: those that decay, those that do not; one group of each, or
+        one for each way in which they are divided among ranks. Frozen parameters are left out, shared ones
+        occur once."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        decaying = [parameter for parameter in trained if parameter.ndim >= 2]
+        others = [parameter for parameter in trained if parameter.ndim < 2]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            *({"params": group, "weight_decay": self.weight_decay} for group in alike(decaying)),
+            *({"params": group, "weight_decay": 0.0} for group in alike(others)),
         ]
         # One kernel for the whole update; on CPU its result does not vary from run to run either.
         fused = {parameter.device.type for parameter in trained} <= _FUSED_ON

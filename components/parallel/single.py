@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
+from lattice.model import LanguageModel
 from lattice.protocols import Parallel
 from lattice.registry import register
+from lattice.spread import Site, Spread
 
 
 @register("parallel", "single")
@@ -17,19 +15,13 @@ from lattice.registry import register
 class Single(Parallel):
     """One process on one device."""
 
-    @property
-    def rank(self) -> int:
-        return 0
-
-    @property
-    def world_size(self) -> int:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1:
+    def together(self, size: int) -> int:
+        if size > 1:
             raise ValueError(
-                f"parallel.kind = 'single' was launched with {launched} processes, which would all train "
-                "the same model: launch one"
+                f"kind = 'single': was launched with {size} processes, which would all train the same model: "
+                "launch one, or choose ddp, fsdp, tensor or context"
             )
         return 1
 
-    def apply(self, model: nn.Module, device: torch.device) -> nn.Module:
-        return model.to(device)
+    def spread(self, model: LanguageModel, site: Site) -> Spread:
+        return Spread(model)

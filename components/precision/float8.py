@@ -87,6 +87,10 @@ class Float8(Precision):
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
     @property
+    def weights(self) -> torch.dtype:
+        return torch.bfloat16
+
+    @property
     def as_in_memory(self) -> Precision:
         # Inputs are kept in bfloat16 and cast again in the backward pass (torchao, issue 2262).
         return BFloat16()

@@ -30,6 +30,10 @@ class Float32(Precision):
 class BFloat16(Precision):
     """Matrix products and attention in bfloat16; weights, gradients and optimizer state in float32."""
 
+    @property
+    def weights(self) -> torch.dtype:
+        return torch.bfloat16
+
     def apply(self, model: nn.Module) -> None:
         pass
 

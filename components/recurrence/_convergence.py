@@ -37,9 +37,8 @@ class Convergence:
     def watch(self, before_BLnD: Tensor, after_BLnD: Tensor) -> bool:
         """Notes the change of one iteration; True when every row is done."""
         change_B, size_B = self._norm(after_BLnD - before_BLnD), self._norm(after_BLnD)
-        self._residuals.append(
-            torch.linalg.vector_norm(change_B) / torch.linalg.vector_norm(size_B).clamp(min=1e-30)
-        )
+        # A mean over rows, so that the parts of a batch, on other ranks or accumulated, have the batch's mean.
+        self._residuals.append((change_B / size_B.clamp(min=1e-30)).mean())
         if self._tolerance is None:
             return False
         done_B = change_B <= self._tolerance * size_B
@@ -56,7 +55,7 @@ class Convergence:
 
     @property
     def telemetry(self) -> dict[str, Tensor]:
-        """`residuals`: norm of the change over the norm, at each iteration."""
+        """`residuals`: norm of the change over the norm, in the mean over rows, at each iteration."""
         return {"residuals": torch.stack(self._residuals)} if self._residuals else {}
 
 

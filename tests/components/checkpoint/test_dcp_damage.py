@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lattice.components.checkpoint._manifest import entries, seal
 from lattice.components.checkpoint.dcp import (
     CheckpointError,
     CorruptCheckpoint,
@@ -123,13 +127,11 @@ def test_a_pickle_in_the_checkpoint_is_never_executed(
 def test_a_sealed_pickle_is_not_executed_either(
     saved: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lattice.components.checkpoint._manifest import seal
-
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     latest = tmp_path / "step-00000002"
     (latest / FILES[0]).write_bytes(pickle.dumps(Bomb()))
     (latest / "manifest.json").unlink()
-    seal(latest, 2)
+    seal(latest, 2, entries(latest.iterdir()))
     with pytest.raises(CorruptCheckpoint, match="no safetensors file"):
         saved.load(latest, tensors(0))
     assert not (tmp_path / "exploded").exists()
@@ -187,6 +189,39 @@ def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, asynchronous: bool)
     assert checkpointer.latest() == tmp_path / "step-00000003"
 
 
+def test_a_directory_that_vanishes_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    checkpointer = DcpCheckpoint(asynchronous=False).build(folder)
+    checkpointer.save(1, tensors(1), {})
+    shutil.rmtree(folder.parent)
+    with pytest.warns(UserWarning, match="run/checkpoints has vanished with its checkpoints"):
+        checkpointer.save(2, tensors(2), {})
+    assert checkpointer.candidates() == [folder / "step-00000002"]
+
+    def vanish(*arguments: Any) -> None:
+        shutil.rmtree(folder.parent)
+        seal(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lattice.components.checkpoint.dcp.seal", vanish)
+        with pytest.raises(OSError, match="step 3 could not be saved: No such file") as raised:
+            checkpointer.save(3, tensors(3), {})
+    assert (raised.value.errno, "no earlier one" in str(raised.value)) == (errno.ENOENT, True)
+    with pytest.warns(UserWarning, match="has vanished"):
+        checkpointer.save(3, tensors(3), {})
+    assert checkpointer.candidates() == [folder / "step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["../facts.json", "/dev/zero", "facts.json\0", "."])
+def test_a_manifest_lists_only_files_beside_it(saved: Checkpointer, tmp_path: Path, name: str) -> None:
+    manifest = tmp_path / "step-00000002" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = content["files"]["facts.json"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(CorruptCheckpoint, match=r"step-00000002/"):
+        saved.load(manifest.parent, tensors(0))
+
+
 def poll_until_it_fails(checkpointer: Checkpointer) -> None:
     assert isinstance(checkpointer, DcpCheckpointer)
     deadline = time.monotonic() + 30
@@ -195,7 +230,7 @@ def poll_until_it_fails(checkpointer: Checkpointer) -> None:
 
 
 def test_an_error_surfaces_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, step: int) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpointer = DcpCheckpoint().build(tmp_path)

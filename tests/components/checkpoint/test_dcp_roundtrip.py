@@ -163,6 +163,13 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
+def test_every_mth_one_is_kept_for_ever_beside_them(tmp_path: Path) -> None:
+    checkpointer = DcpCheckpoint(every=5, keep=2, keep_every=20, asynchronous=False).build(tmp_path)
+    for step in [*range(5, 60, 5), 57]:  # the last one when the run was interrupted
+        checkpointer.save(step, {"w": torch.full((2,), float(step))}, {"step": step})
+    assert [int(path.name[5:]) for path in checkpointer.candidates()] == [57, 55, 40, 20]
+
+
 def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
     checkpointer = DcpCheckpoint(keep=1).build(tmp_path)
     for value in (1.0, 2.0):
@@ -195,3 +202,9 @@ def test_nothing_warns(tmp_path: Path) -> None:
 def test_options_are_checked(option: str) -> None:
     with pytest.raises(ValueError, match=f"^{option} = 0: must be 1 or more"):
         DcpCheckpoint(**{option: 0})
+
+
+@pytest.mark.parametrize("steps", [-100, 0, 50, 250])
+def test_keep_every_is_checked(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"^keep_every = {steps}: must be a multiple of every = 100"):
+        DcpCheckpoint(every=100, keep_every=steps)

@@ -1,0 +1,124 @@
+"""The processes of a run, and what they tell each other besides the model's own tensors.
+
+All of it goes through the CPU (gloo): a few numbers a step, so that ranks act alike. R ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lattice.launch import Agreed, Elsewhere, Launch
+
+T = TypeVar("T")
+
+
+class Disagreement(Agreed):
+    """Ranks are about to do different things."""
+
+
+class World:
+    """One rank's view of all ranks. Every method is called by all of them, in the same order."""
+
+    def __init__(self, launch: Launch | None = None, *, together: int = 1) -> None:
+        """`together` neighbouring ranks work on the same sequences."""
+        self.launch = launch or Launch()
+        self.rank, self.size, self.together = self.launch.rank, self.launch.size, together
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the sequences this rank works on."""
+        return self.rank // self.together
+
+    @property
+    def data_size(self) -> int:
+        """In how many shares the sequences are divided."""
+        return self.size // self.together
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every rank, by rank; all give as many."""
+        mine_N = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return [mine_N.tolist()]
+        all_RN = [torch.empty_like(mine_N) for _ in range(self.size)]
+        dist.all_gather(all_RN, mine_N)
+        return [of_rank.tolist() for of_rank in all_RN]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Summed over the shares of the data: ranks that work together on one count once."""
+        return [sum(column) / self.together for column in zip(*self.gather(values), strict=True)]
+
+    def mean(self, values: torch.Tensor) -> Any:
+        """Over all ranks: a number for a scalar, a list for a vector."""
+        flat = [
+            sum(column) / self.size for column in zip(*self.gather(values.flatten().tolist()), strict=True)
+        ]
+        return torch.tensor(flat, dtype=torch.float64).view(values.shape).tolist()
+
+    def all(self, value: T) -> list[T]:
+        """What every rank gives, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, what: str, value: str) -> None:
+        """Raises ValueError, on all ranks, where some rank has another value than rank 0."""
+        digest = float(int(hashlib.sha256(value.encode()).hexdigest()[:13], 16))  # exact in 53 bits
+        of_ranks = [one for (one,) in self.gather([digest])]
+        others = [str(rank) for rank, one in enumerate(of_ranks) if one != of_ranks[0]]
+        if others:
+            raise Disagreement(f"rank {', '.join(others)}: {what} is not that of rank 0")
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What `call` gives on rank 0, on all ranks. What it raises there is raised there; the others raise
+        Elsewhere."""
+        if self.size == 1:
+            return call()
+        outcome: list[tuple[bool, object]] = [(False, None)]
+        try:
+            if self.rank == 0:
+                outcome = [(True, call())]
+        finally:
+            dist.broadcast_object_list(outcome, src=0)
+        worked, value = outcome[0]
+        if not worked:
+            raise Elsewhere("rank 0 failed")
+        return value  # type: ignore[return-value]
+
+    def in_turn(self, call: Callable[[], T]) -> T:
+        """`call` on all ranks: first on rank 0, then on the first of every other host, then on the rest. For
+        what leaves files behind that the next ones find. Raises Elsewhere where another rank failed."""
+        turn = 0 if self.rank == 0 else 1 if self.launch.local_rank == 0 else 2
+        value: list[T] = []
+        for now in range(3 if self.size > 1 else 1):
+            try:
+                if now == turn:
+                    value.append(call())
+            finally:
+                failed = self.gather([now == turn and not value])
+            if any(one for (one,) in failed):
+                raise Elsewhere(f"rank {failed.index([1.0])} failed")
+        return value[0]
+
+
+@contextmanager
+def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]:
+    """Connects the ranks, if there are several. An operation that waits longer than `timeout` seconds for
+    the others fails."""
+    if world.size == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield
+    # After a failure the others may be gone, and parting from them could wait for ever.
+    dist.destroy_process_group()
