@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lattice.components.checkpoint._manifest import seal
+from lattice.components.checkpoint._manifest import entries, seal
 from lattice.components.checkpoint.dcp import CheckpointError, DcpCheckpoint
 from tests.fuzz.damage import damaged_bytes, damaged_json
 
@@ -52,7 +52,7 @@ class Saved:
         (self.latest / name).write_bytes(content)
         if sealed:
             (self.latest / MANIFEST).unlink()
-            seal(self.latest, 2)
+            seal(self.latest, 2, entries(list(self.latest.iterdir())))
 
     def check(self, accepts: Callable[[dict[str, Any], dict[str, Any]], bool]) -> None:
         into = tensors(0)
