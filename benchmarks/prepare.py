@@ -3,12 +3,13 @@
     python benchmarks/prepare.py [--megabytes 8 32] [--workers 0 1 2] [--compression "" .xz]
                                  [--out benchmarks/results/prepare.jsonl]
 
-The text is the source code of Python's standard library, over and over, as jsonl; the tokenizer a byte-level BPE
-of 8192 tokens trained on it. Speeds are bytes of text a second of processor time, of all processes together: on a
-machine that others use too, that is steadier than time on the clock, which is recorded beside it. "marginal": from
-the smallest to the largest text, so that what starting costs is left out. Memory is the largest sum of the processes'
-proportional set sizes, looked at four times a second. "tokenizer": encode_batch alone, one thread, on the same texts
-in memory. "reading": records taken from the file alone, the limit of the one thread that reads.
+The text is the source code of Python's standard library, over and over, as jsonl; the tokenizer a byte-level
+BPE of 8192 tokens trained on it. Speeds are bytes of text a second of processor time, of all processes
+together: on a machine that others use too, that is steadier than time on the clock, which is recorded beside
+it. "marginal": from the smallest to the largest text, so that what starting costs is left out. Memory is the
+largest sum of the processes' proportional set sizes, looked at four times a second. "tokenizer": encode_batch
+alone, one thread, on the same texts in memory. "reading": records taken from the file alone, the limit of the
+one thread that reads.
 """
 
 from __future__ import annotations

@@ -590,7 +590,7 @@ def prepare(
     text_key
         Key or column of the text in jsonl and parquet.
     workers
-        Processes that encode; with 0 this one does, on all cores inside the tokenizer. The result is the same.
+        Processes that encode; with 0 this one does, on all cores. The bytes are the same.
     """
     from lattice.prepare import prepare as prepare_
 

@@ -1,21 +1,22 @@
 """What a rank sends and receives in a training step, on paper.
 
-Weights, gradients and optimizer state are sharded over n ranks (FSDP, arXiv 2304.11277), of which there may be R
-replicas (HSDP). Of W bytes of weights and G bytes of gradients, rings move through a rank
+Weights, gradients and optimizer state are sharded over n ranks (FSDP, arXiv 2304.11277), of which there may
+be R replicas (HSDP). Of W bytes of weights and G bytes of gradients, rings move through a rank
 
     all-gather of the weights              (n-1)/n · W
     reduce-scatter of the gradients        (n-1)/n · G
     all-reduce over the replicas         2 (R-1)/R · G/n
 
-(Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009). Layers are gathered in the format in which
-matrix products read them, embedding and head in float32; gradients are summed in float32.
+(Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009). Layers are gathered in the format in
+which matrix products read them, embedding and head in float32; gradients are summed in float32.
 
 A step of m micro-batches and P passes through the layers gathers each layer once, or once a pass: m·P times
-forward, m·P times backward, and at most as often again as activation checkpointing computes it again (one that does
-so layer by layer finds it gathered); then it also scatters the gradients of each micro-batch.
+forward, m·P times backward, and at most as often again as activation checkpointing computes it again (one
+that does so layer by layer finds it gathered); then it also scatters the gradients of each micro-batch.
 
-Within a node a rank has its `link`. A ring over several nodes crosses each node's edge over all its network cards
-at once: it has the smaller of `link` and the node's network together. A replica's ranks each have their own card.
+Within a node a rank has its `link`. A ring over several nodes crosses each node's edge over all its network
+cards at once: it has the smaller of `link` and the node's network together. A replica's ranks each have their
+own card.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Traffic:
 def traffic(
     recipe: Recipe, costs: Ledger, gpu: GPU, gpus: int, *, micro_batches: int, compute_seconds: float
 ) -> list[Traffic]:
-    """Sharded over all GPUs, and where these are several nodes also over each node alone; gathered once a step,
-    and once a pass."""
+    """Sharded over all GPUs, and where these are several nodes also over each node alone; gathered once a
+    step, and once a pass."""
     layouts = [(gpus, 1)]
     if gpus > gpu.node and gpus % gpu.node == 0:
         layouts.append((gpu.node, gpus // gpu.node))
@@ -66,8 +67,8 @@ def traffic(
 
 
 def slots_to_hide(recipe: Recipe, gpu: GPU, ranks: int, utilization: float) -> float:
-    """Slots that a rank sends through a layer in the time in which the layer is gathered: 2 operations a weight
-    and slot, against its bytes."""
+    """Slots that a rank sends through a layer in the time in which the layer is gathered: 2 operations a
+    weight and slot, against its bytes."""
     precision: Precision = recipe.component("precision")
     return gpu.peak * utilization * precision.weights.itemsize / (2 * bandwidth(gpu, ranks))
 

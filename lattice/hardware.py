@@ -1,8 +1,8 @@
 """GPUs that one may not have: memory, peak and bandwidths, from NVIDIA's data sheets.
 
-https://www.nvidia.com/en-us/data-center/h100/ and the pages of the others; dense bfloat16 on tensor cores; NVLink in
-one direction, which is half of what is stated. Between nodes: the network cards of a DGX with eight of them, one a
-GPU, from the data sheets of DGX A100 (200 Gb/s each), DGX H100 and DGX H200 (400 Gb/s each).
+https://www.nvidia.com/en-us/data-center/h100/ and the pages of the others; dense bfloat16 on tensor cores;
+NVLink in one direction, which is half of what is stated. Between nodes: the network cards of a DGX with eight
+of them, one a GPU, from the data sheets of DGX A100 (200 Gb/s each), DGX H100 and DGX H200 (400 Gb/s each).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Memory is predicted by computing a step on fake tensors (lattice.memory), time from the ledger's operations at
 a stated share of the GPUs' peak. On several GPUs weights, gradients and optimizer state are sharded (FSDP),
-and a rank holds all weights and gradients through the passes of a step, gathered once. What it sends for that is
-counted beside (lattice.communication) and taken to be hidden behind what is computed.
+and a rank holds all weights and gradients through the passes of a step, gathered once. What it sends for that
+is counted beside (lattice.communication) and taken to be hidden behind what is computed.
 """
 
 from __future__ import annotations

@@ -136,9 +136,10 @@ def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Tar
             for one in setting.communication
         ],
     )
+    gpu, at_once = target.gpu, settings[0].micro_batch * recipe.run.sequence_tokens
+    slots = slots_to_hide(recipe, gpu, target.gpus, target.utilization)
     say(
-        f"at {target.gpu.link / 1e9:,.0f} GB/s within a node of {target.gpu.node}, {target.gpu.network / 1e9:,.0f} "
-        f"GB/s a GPU between nodes; gathering a layer takes as long as computing "
-        f"{slots_to_hide(recipe, target.gpu, target.gpus, target.utilization):,.0f} slots of it, a rank has "
-        f"{settings[0].micro_batch * recipe.run.sequence_tokens:,} tokens at once"
+        f"at {gpu.link / 1e9:,.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:,.0f} GB/s a GPU between "
+        f"nodes; gathering a layer takes as long as computing {slots:,.0f} slots of it, a rank has {at_once:,} "
+        "tokens at once"
     )

@@ -1,8 +1,8 @@
 """`lattice prepare`: documents into shards of tokens.
 
-One thread reads, others or other processes encode (lattice.prepare_encoding), this one writes. What a document
-becomes depends on nothing but its text and its place in the sources, and shards end at fixed places; so a
-preparation that is interrupted and run again, with any number of workers, ends with the same bytes.
+One thread reads, others or other processes encode (lattice.prepare_encoding), this one writes. What a
+document becomes depends on nothing but its text and its place in the sources, and shards end at fixed places;
+so a preparation that is interrupted and run again, with any number of workers, ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenizes `sources` into the directory `out` and returns its manifest.
 
-    sources: files, folders or Hugging Face datasets (lattice.documents).
-    tokenizer: a spec such as "bytes", "gpt2", "path/tokenizer.json"; None with `train_bpe`, the vocabulary
-    size of a byte-level BPE to train on the sources.
-    validation_fraction: share of documents, chosen by a hash of their text, that go to the validation split.
-    shard_tokens: a shard ends with the document that reaches this many tokens, over both splits.
-    workers: processes that encode; with 0 this one does, on all cores inside the tokenizer. The bytes are the same.
+    sources: files, folders or Hugging Face datasets (lattice.documents). tokenizer: a spec such as "bytes",
+    "gpt2", "path/tokenizer.json"; None with `train_bpe`, the vocabulary size of a byte-level BPE to train on
+    the sources. validation_fraction: share of documents, chosen by a hash of their text, that go to the
+    validation split. shard_tokens: a shard ends with the document that reaches this many tokens, over both
+    splits. workers: processes that encode; with 0 this one does, on all cores inside the tokenizer. The bytes
+    are the same.
 
     Run again after an interruption it continues; run on a finished directory it returns what is there.
     Raises ValueError, CannotWrite or FileNotFoundError with a message for the user: a source that cannot be
@@ -119,7 +119,11 @@ def _write_shards(
     }
     empty = journal.empty
     stream = encoded_documents(
-        encoder, Place(*journal.position), workers=workers, maker=maker, folder=journal.folder / TOKENIZER_FOLDER
+        encoder,
+        Place(*journal.position),
+        workers=workers,
+        maker=maker,
+        folder=journal.folder / TOKENIZER_FOLDER,
     )
     try:
         with progress(show_progress, [source.name for source in encoder.sources]) as report, closing(stream):

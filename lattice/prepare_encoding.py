@@ -1,7 +1,7 @@
 """Records to tokens: read by one thread, encoded in batches by this process or by several, returned in order.
 
-Batches are cut in the order of the sources and come back in that order, whoever encodes them and however many do.
-Few are under way at a time, so that memory does not grow with the sources.
+Batches are cut in the order of the sources and come back in that order, whoever encodes them and however many
+do. Few are under way at a time, so that memory does not grow with the sources.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -95,9 +95,9 @@ def _is_held_out(text: str, fraction: float) -> bool:
 
 def encoded_documents(
     encoder: Encoder, start: Place, *, workers: int, maker: Tokenizer, folder: Path
-) -> Iterator[Document]:
-    """Every document from `start` on, in order. With `workers` processes, each opens the tokenizer that `maker`
-    saved to `folder`; with none, this process encodes, on all cores inside the tokenizer.
+) -> Generator[Document, None, None]:
+    """Every document from `start` on, in order. With `workers` processes, each opens the tokenizer that
+    `maker` saved to `folder`; with none, this process encodes, on all cores inside the tokenizer.
 
     Raises ValueError that names the place, after all documents before it.
     """

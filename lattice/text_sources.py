@@ -1,8 +1,9 @@
 """The texts of one source, format by format, in two steps.
 
-`records(skip)` reads the records as they lie there, without the first `skip`, in order and in bounded memory (a
-plain text file is one document, held whole). `text(record)` makes of each its text and its size in UTF-8 bytes;
-it needs nothing but the record, so that other processes can do it. Errors are ValueErrors that name the place.
+`records(skip)` reads the records as they lie there, without the first `skip`, in order and in bounded memory
+(a plain text file is one document, held whole). `text(record)` makes of each its text and its size in UTF-8
+bytes; it needs nothing but the record, so that other processes can do it. Errors are ValueErrors that name
+the place.
 """
 
 from __future__ import annotations

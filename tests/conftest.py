@@ -5,5 +5,5 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "fuzz", max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    "fuzz", max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )

@@ -44,7 +44,10 @@ def test_a_step_by_hand():
     ("tables", "gathers"),
     [
         ({}, 2),
-        ({"recurrence": {"kind": "loop", "loops": 3}}, 8),  # measured of FSDP2: 3 layers and the root 25 times
+        (
+            {"recurrence": {"kind": "loop", "loops": 3}},
+            8,
+        ),  # measured of FSDP2: 3 layers and the root 25 times
         ({"recurrence": {"kind": "loop", "loops": 3}, "activation_checkpoint": {"kind": "pass"}}, 12),
         ({"recurrence": {"kind": "depth", "repetitions": {"train": [4, 4]}, "grad_passes": 1}}, None),
     ],
@@ -69,5 +72,7 @@ def test_bandwidths():
     assert [bandwidth(TOY, ranks) for ranks in (2, 4, 8)] == [40, 40, 20]
     for gpu in GPUS.values():
         assert gpu.network < bandwidth(gpu, 16) <= gpu.link
-    fp32, bf16 = (slots_to_hide(recipe_of(precision={"kind": kind}), TOY, 8, 0.5) for kind in ("fp32", "bf16"))
+    fp32, bf16 = (
+        slots_to_hide(recipe_of(precision={"kind": kind}), TOY, 8, 0.5) for kind in ("fp32", "bf16")
+    )
     assert fp32 == 2 * bf16 == 1e12 * 0.5 * 4 / (2 * 20)
