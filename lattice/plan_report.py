@@ -139,7 +139,7 @@ def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Tar
     gpu, at_once = target.gpu, settings[0].micro_batch * recipe.run.sequence_tokens
     slots = slots_to_hide(recipe, gpu, target.gpus, target.utilization)
     say(
-        f"at {gpu.link / 1e9:,.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:,.0f} GB/s a GPU between "
-        f"nodes; gathering a layer takes as long as computing {slots:,.0f} slots of it, a rank has {at_once:,} "
-        "tokens at once"
+        f"at {gpu.link / 1e9:,.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:,.0f} GB/s a GPU "
+        f"between nodes; gathering a layer takes as long as computing {slots:,.0f} slots of it, a rank has "
+        f"{at_once:,} tokens at once"
     )

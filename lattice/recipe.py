@@ -164,7 +164,7 @@ def _shown(path: Path) -> str:
 def _overrides(overrides: Iterable[str]) -> list[Source]:
     table: dict[str, Any] = {}
     for override in overrides:
-        if not override.isprintable() and override.encode(errors="ignore").decode() != override:
+        if override.encode(errors="ignore").decode() != override:
             raise RecipeError([f"--set {override!a}: must be UTF-8"])
         key, equals, text = override.partition("=")
         names = key.strip().split(".")

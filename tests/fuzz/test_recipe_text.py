@@ -49,23 +49,15 @@ prompt = \"""
 def f(x):
 \"""
 """.encode()
+# fmt: off
 TOKENS = [
-    *(
-        b"[run]\n",
-        b"[",
-        b"]\n",
-        b"[[metrics]]\n",
-        b"[metrics.board]\n",
-        b"kind = ",
-        b'"none"',
-        b'"""',
-        b"'''",
-    ),
-    *(b"inf", b"nan", b"true", b"1979-05-27", b"07:32:00", b"0x" + b"f" * 40, b"1_000", b"-0.0", b".", b"="),
-    *(b'extends = "base.toml"\n', b'extends = "top.toml"\n', b'extends = "\\u0000"\n', b"extends = 3\n"),
-    *(b'imports = ["no_such_module"]\n', b'imports = ["no_such.py"]\n', b'imports = ["\\u0000.py"]\n'),
-    *(b"0x" + b"f" * 5000, b"a." * 2000, b"\xc2\x85", b"\xe2\x80\xa8", b"x = 1\n", b"data = 1\n"),
+    b"[run]\n", b"[", b"]\n", b"[[metrics]]\n", b"[metrics.board]\n", b"kind = ", b'"none"', b'"""', b"'''",
+    b"inf", b"nan", b"true", b"1979-05-27", b"07:32:00", b"0x" + b"f" * 40, b"1_000", b"-0.0", b".", b"=",
+    b'extends = "base.toml"\n', b'extends = "top.toml"\n', b'extends = "\\u0000"\n', b"extends = 3\n",
+    b'imports = ["no_such_module"]\n', b'imports = ["no_such.py"]\n', b'imports = ["\\u0000.py"]\n',
+    b"0x" + b"f" * 5000, b"a." * 2000, b"\xc2\x85", b"\xe2\x80\xa8", b"x = 1\n", b"data = 1\n",
 ]
+# fmt: on
 INPUTS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 """As many as the profile says."""
 
@@ -116,38 +108,12 @@ def test_a_file(folder: Path, content: bytes) -> None:
         assert "top.toml" in problem or "base.toml" in problem, problem
 
 
+# fmt: off
 PIECES = [
-    "run",
-    "steps",
-    "backbone",
-    "kind",
-    "extends",
-    "imports",
-    ".",
-    "=",
-    "[",
-    "]",
-    "{",
-    "}",
-    '"',
-    "'",
-    "\n",
-    "#",
+    "run", "steps", "backbone", "kind", "extends", "imports", "a.b=1", ".", "=", "[", "]", "{", "}", '"', "'",
+    "\n", "#", "1", "-1", "1e3", "nan", "2020-01-01", "9" * 5000, "[" * 3000, "\0", "\udcff", "é", "x" * 40,
 ]
-PIECES += [
-    "1",
-    "-1",
-    "1e3",
-    "nan",
-    "2020-01-01",
-    "9" * 5000,
-    "[" * 3000,
-    "\0",
-    "\udcff",
-    "é",
-    "x" * 40,
-    "a.b=1",
-]
+# fmt: on
 OVERRIDE = st.one_of(
     st.builds(
         "{}.{}={}".format,
