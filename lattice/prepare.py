@@ -40,12 +40,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenizes `sources` into the directory `out` and returns its manifest.
 
-    sources: files, folders or Hugging Face datasets (lattice.documents). tokenizer: a spec such as "bytes",
-    "gpt2", "path/tokenizer.json"; None with `train_bpe`, the vocabulary size of a byte-level BPE to train on
-    the sources. validation_fraction: share of documents, chosen by a hash of their text, that go to the
-    validation split. shard_tokens: a shard ends with the document that reaches this many tokens, over both
-    splits. workers: processes that encode; with 0 this one does, on all cores inside the tokenizer. The bytes
-    are the same.
+    sources: files, folders or Hugging Face datasets (lattice.documents).
+    tokenizer: a spec such as "bytes", "gpt2", "path/tokenizer.json"; None with `train_bpe`, the vocabulary
+    size of a byte-level BPE to train on the sources.
+    validation_fraction: share of documents, chosen by a hash of their text, that go to the validation split.
+    shard_tokens: a shard ends with the document that reaches this many tokens, over both splits.
+    workers: processes that encode; with 0 this one does, on all cores inside the tokenizer; same bytes.
 
     Run again after an interruption it continues; run on a finished directory it returns what is there.
     Raises ValueError, CannotWrite or FileNotFoundError with a message for the user: a source that cannot be
