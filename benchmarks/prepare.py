@@ -1,6 +1,6 @@
 """How fast is `lattice prepare`, against its tokenizer alone, and how much memory does it take?
 
-    python benchmarks/prepare.py [--megabytes 8 32] [--workers 0 1 2] [--compression "" .xz]
+    python benchmarks/prepare.py [--megabytes 8 32] [--workers [0 1 2]] [--compression "" .xz]
                                  [--out benchmarks/results/prepare.jsonl]
 
 The text is the source code of Python's standard library, over and over, as jsonl; the tokenizer a byte-level
@@ -146,7 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--megabytes", type=float, nargs="+", default=[8, 32])
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--compression", nargs="+", choices=list(COMPRESS), default=[""])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prepare.jsonl")
     arguments = parser.parse_args()

@@ -118,7 +118,7 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
 def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Target) -> None:
     """Of the settings, one for each number of thoughts."""
     table(
-        "communication of a rank in a step: GB, seconds, share of the time to compute it",
+        "communication of a rank in a step: GB, seconds, share of computing",
         ["K", "reshard", "shards", "copies", "gathers", "weights", "grads", "s", "share"],
         [
             [
