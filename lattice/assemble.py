@@ -1,7 +1,7 @@
 """The only wiring: a recipe becomes a model, a training graph or an evaluation subject.
 
-The order is fixed: backbone, recurrence, precision, compile, parallel, weights, optimizer. Nothing large is allocated
-before the recipe has been checked as a whole (lattice.preflight).
+The order is fixed: backbone, recurrence, precision, compile, parallel, weights, optimizer. Nothing large is
+allocated before the recipe has been checked as a whole (lattice.preflight).
 """
 
 from __future__ import annotations

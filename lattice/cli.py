@@ -43,7 +43,7 @@ def run(recipe: Path, *, set_: Set = None, out: Path | None = None) -> None:
 
     folder = out or Path("runs") / recipe.stem
     summary = train(recipe, overrides=set_ or [], out=folder)
-    if "stopped_at" not in summary:
+    if "stopped_at" not in summary and Launch.here().rank == 0:
         show_summary(summary, folder)
 
 

@@ -16,6 +16,7 @@ from lattice.draws import Draw
 from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled
 from lattice.registry import check_unroll
 from lattice.slots import Tokens
+from lattice.split import Split
 from lattice.stack import Stack
 
 
@@ -65,6 +66,8 @@ class LanguageModel(nn.Module):
         self.mask = mask
         self.loss = loss
         self.checkpointing = checkpointing
+        self.split: Split | None = None
+        """Set where several ranks share a sequence in training."""
 
     @property
     def recurrence(self) -> Recurrence:
@@ -88,6 +91,8 @@ class LanguageModel(nn.Module):
         the loss in place of the logits. Raises ValueError for a sequence longer than the context.
         """
         stack, unrolled = self._unrolled(input_ids, attention_mask, documents, draw)
+        if targets is not None:
+            targets = stack.mine(targets)
         if targets is None:
             logits_BLV = stack.logits(unrolled.hidden_BLD)
             return Output(logits_BLV, telemetry=unrolled.telemetry, passes=stack.passes)
@@ -108,7 +113,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Stack, Unrolled]:
         self._check_length(input_ids.shape[1])
         stack = self._stack(Tokens.of(input_ids, attention_mask, documents))
-        return stack, self.unroll(stack, input_ids, draw=draw)
+        return stack, self.unroll(stack, stack.mine(input_ids), draw=draw)
 
     @torch.no_grad()
     def prefill(
@@ -154,7 +159,7 @@ class LanguageModel(nn.Module):
         return stack.logits(self.unroll.step(stack, ids_B1, cache)[:, -1])
 
     def _stack(self, tokens: Tokens) -> Stack:
-        return Stack(self.decoder, self.mask, self.checkpointing, tokens)
+        return Stack(self.decoder, self.mask, self.checkpointing, tokens, self.split)
 
     def _check_length(self, length: int) -> None:
         if length > self.shape.context:

@@ -20,8 +20,8 @@ from lattice.world import World
 
 
 def together(recipe: Recipe, launch: Launch) -> int:
-    """How many neighbouring ranks work on the same sequences. Raises RecipeError where the recipe's [parallel]
-    cannot arrange so many ranks."""
+    """How many neighbouring ranks work on the same sequences. Raises RecipeError where the recipe's
+    [parallel] cannot arrange so many ranks."""
     parallel: Parallel = recipe.component("parallel")
     try:
         return parallel.together(launch.size)
@@ -31,13 +31,13 @@ def together(recipe: Recipe, launch: Launch) -> int:
 
 def check(
     recipe: Recipe,
-    folder: Path | None = None,
     *,
+    fresh: bool = True,
     world: World | None = None,
     device: torch.device | None = None,
 ) -> bool | None:
-    """Raises RecipeError with everything that keeps this recipe from training here, on the ranks of `world`,
-    in the run's directory `folder` if given: a run that goes on needs no weights to start from.
+    """Raises RecipeError with everything that keeps this recipe from training here, on the ranks of `world`.
+    A run that is not `fresh`, but goes on, needs no weights to start from.
 
     Returns whether a step fits in memory with all weights and gradients there throughout; None if unknown.
     """

@@ -262,7 +262,7 @@ class Parallel(Protocol):
 
     def shard(self, model: LanguageModel, site: Site) -> None:
         """Divides the weights, before there are any: they are on the meta device."""
-        return None
+        return
 
     @abstractmethod
     def spread(self, model: LanguageModel, site: Site) -> Spread:

@@ -1,4 +1,4 @@
-"""What happens to each rank of a run, a JSON object a line, in `ranks/00003.jsonl`: for those who look for a fault."""
+"""What happens to each rank of a run, a JSON object a line, in `ranks/00003.jsonl`."""
 
 from __future__ import annotations
 

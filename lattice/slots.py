@@ -37,6 +37,16 @@ class Tokens:
         """The place of the first token."""
         return self.stop - len(self.index_L)
 
+    def part(self, at: slice) -> Tokens:
+        """Some consecutive ones of them."""
+
+        def cut(values: Tensor | None) -> Any:
+            return None if values is None else values[..., at]
+
+        index_L = self.index_L[at]
+        stop = self.first + range(len(self.index_L))[at].stop
+        return Tokens(index_L, stop, cut(self.position_BL), cut(self.document_BL), cut(self.real_BL))
+
     @staticmethod
     def of(
         ids_BL: Tensor,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lattice.model import LanguageModel, Output
+from lattice.split import Split
 from lattice.world import World
 
 
@@ -22,14 +23,19 @@ class Site:
     weights: torch.dtype
     """In which format matrix products take their weights."""
     gathered_fits: bool | None = None
-    """Whether a step fits in memory with all weights and gradients there throughout; None if that is unknown."""
+    """Whether a step fits in memory with all weights and gradients there throughout; None if unknown."""
 
 
 class Spread:
-    """As it is on one rank. Losses are divided by the targets of all ranks, gradients are summed over them."""
+    """As it is on one rank. Losses are divided by the targets of all ranks, so that gradients are summed."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    copies = 1
+    """How many ranks compute the same loss; that of the others is of other targets."""
+
+    def __init__(self, model: LanguageModel, split: Split | None = None) -> None:
+        """`split`: how ranks share a sequence in training, if they do."""
         self.model = model
+        self.model.split = self._split = split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
         """The forward pass of a training step."""
@@ -47,5 +53,7 @@ class Spread:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, ranks that share no sequences need not call the model alike: for evaluation."""
+        """For evaluation. Within, no rank needs the others, except where a layer is divided among them."""
+        self.model.split = None
         yield
+        self.model.split = self._split

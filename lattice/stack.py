@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lattice.attention_mask import attention_mask
-from lattice.cache import KVCache, Segment
+from lattice.cache import KVCache, LayerCache, Segment
 from lattice.decoder import Alone, AttentionMask, Block, Decoder, Rotary
 from lattice.protocols import ActivationCheckpoint, Mask
 from lattice.slots import Slots, Tokens
+from lattice.split import Split
 
 ALL = slice(None)
 
@@ -46,12 +47,19 @@ class Stack:
     """
 
     def __init__(
-        self, decoder: Decoder, mask: Mask, checkpointing: ActivationCheckpoint, tokens: Tokens
+        self,
+        decoder: Decoder,
+        mask: Mask,
+        checkpointing: ActivationCheckpoint,
+        tokens: Tokens,
+        split: Split | None = None,
     ) -> None:
         self._decoder = decoder
         self._mask = mask
         self._checkpointing = checkpointing
-        self._tokens = tokens
+        self._split = split
+        self._all = tokens
+        self._tokens = tokens if self._split is None else tokens.part(self._split.part(len(tokens.index_L)))
         self._masks: dict[Segment, AttentionMask] = {}
         # Those of a cache go when it goes: the next one may get its place in memory, and so its id.
         self._cached: WeakKeyDictionary[KVCache, dict[tuple[Segment, int], AttentionMask]]
@@ -88,9 +96,17 @@ class Stack:
         """An empty cache, through which gradients flow where they are enabled."""
         return KVCache(self.num_layers, gradients=torch.is_grad_enabled())
 
+    def mine(self, values_BL: Tensor) -> Tensor:
+        """Of the tokens of a batch those of this rank, where several share a sequence."""
+        return values_BL if self._split is None else values_BL[:, self._split.part(values_BL.shape[1])]
+
+    def row_norms(self, norm_B: Tensor) -> Tensor:
+        """Norms of whole rows, from those of what this rank has of them."""
+        return norm_B if self._split is None else self._split.norm(norm_B)
+
     def segment(self, stages: int, first_stage: int = 0) -> Segment:
         """What a pass over these stages writes to a cache."""
-        return Segment(self._tokens.first, self._tokens.stop, first_stage, stages)
+        return Segment(self._all.first, self._all.stop, first_stage, stages)
 
     def fixed(self, slots_BLnD: Tensor) -> Fixed:
         """For slots that go into several passes unchanged, such as the tokens before their thoughts."""
@@ -118,9 +134,9 @@ class Stack:
         segment = self.segment(stages, first_stage)
         mask = self._attention_mask(segment, cache)
         blocks = self._decoder.blocks[start:stop]
-        fixed, slots_BLnD = self._split(slots, len(blocks))
+        fixed, slots_BLnD = self._fixed_and_others(slots, len(blocks))
         rotary = self._rotary_for(stages, slots_BLnD)
-        caches = [None] * len(blocks) if cache is None else cache.layers(segment, start, stop)
+        caches = self._layers(len(blocks), segment, cache, start, stop)
         given = None if fixed is None else fixed.alone(cast("Block", blocks[0]))
 
         def whole_pass(x_BLnD: Tensor) -> Tensor:
@@ -134,7 +150,7 @@ class Stack:
         hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD)
         return hidden_BLrD if len(blocks) else hidden_BLrD[:, :, read]
 
-    def _split(self, slots: Sequence[Tensor | Fixed], layers: int) -> tuple[Fixed | None, Tensor]:
+    def _fixed_and_others(self, slots: Sequence[Tensor | Fixed], layers: int) -> tuple[Fixed | None, Tensor]:
         """The fixed slots in front, if there is a layer that profits, and all others interleaved."""
         fixed, first = None, slots[0]
         if isinstance(first, Fixed) and layers > 1:
@@ -149,18 +165,36 @@ class Stack:
 
     def _attention_mask(self, segment: Segment, cache: KVCache | None) -> AttentionMask:
         """Built once for each layout of queries and keys."""
+        shared = self._split is not None  # then the queries are not the last of the keys
         if cache is None:
             if segment not in self._masks:
-                queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
-                self._masks[segment] = attention_mask(self._mask, queries, queries, newest=True)
+                queries, keys = self._queries_and_keys(segment)
+                self._masks[segment] = attention_mask(self._mask, queries, keys, newest=not shared)
             return self._masks[segment]
         newest = not cache.holds(segment)
         masks = self._cached.setdefault(cache, {})
         if newest or (segment, cache.segments) not in masks:
-            queries = Slots.interleaved(self._tokens, segment.stages, segment.first_stage)
-            keys = cache.place(segment, queries)
+            queries, written = self._queries_and_keys(segment)
+            keys = cache.place(segment, written)
+            newest = newest and not shared
             masks[segment, cache.segments] = attention_mask(self._mask, queries, keys, newest=newest)
         return masks[segment, cache.segments]
+
+    def _queries_and_keys(self, segment: Segment) -> tuple[Slots, Slots]:
+        """Slots of this rank, and those that all ranks of the sequence write."""
+        keys = Slots.interleaved(self._all, segment.stages, segment.first_stage)
+        if self._split is None:
+            return keys, keys
+        return Slots.interleaved(self._tokens, segment.stages, segment.first_stage), keys
+
+    def _layers(
+        self, count: int, segment: Segment, cache: KVCache | None, start: int, stop: int | None
+    ) -> Sequence[LayerCache | None]:
+        """Where each layer's keys and values are written, and found."""
+        layers: Sequence[LayerCache | None] = [None] * count
+        if cache is not None:
+            layers = cache.layers(segment, start, stop)
+        return layers if self._split is None else [self._split.of_all(layer) for layer in layers]
 
     def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
         if stages not in self._rotary:

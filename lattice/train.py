@@ -65,9 +65,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         return finished
     checkpointer = recipe.component("checkpoint").build(folder / "checkpoints")
     fresh = checkpointer.latest() is None
-    gathered_fits = world.from_first(
-        lambda: preflight.check(recipe, fresh=fresh, world=world, device=device)
-    )
+    gathered_fits = world.from_first(lambda: preflight.check(recipe, fresh=fresh, world=world, device=device))
     with ExitStack() as stack:
         world.from_first(lambda: stack.enter_context(run_folder.locked(folder)))
         world.from_first(lambda: run_folder.check_same(folder, recipe))
@@ -168,12 +166,11 @@ class Loop:
         lr = graph.peak_lr * graph.schedule.factor(done - 1, self.run_options.steps)
         for group in graph.optimizer.param_groups:
             group["lr"] = lr
-        self.watch.at(done, "passes")
         losses, telemetry = self._forward_backward(done, batches)
         self.watch.at(done, "update")
         limit = math.inf if graph.grad_clip is None else graph.grad_clip
         grad_norm = clip_gradients(graph.model.parameters(), limit)
-        loss = sum(losses) / graph.world.together
+        loss = sum(losses) / graph.spread.copies
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._non_finite(done, losses, grad_norm, batches)
         graph.optimizer.step()
@@ -200,12 +197,15 @@ class Loop:
         for number, batch in enumerate(batches, 1):
             batch = batch.to(graph.device)
             with graph.spread.micro_batch(last=number == len(batches)):
+                self.watch.at(done, "forward")
                 with graph.autocast():
                     output = graph.spread(
                         batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL, draw=draw
                     )
+                assert output.loss_sum is not None
                 loss = output.loss_sum / count
-                loss.backward()
+                self.watch.at(done, "backward")
+                loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             telemetry.append(output.telemetry)
             passes += output.passes
@@ -227,7 +227,7 @@ class Loop:
         read = graph.world.all("; ".join(batch.identity for batch in batches))
         at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
-        loss = sum(losses) / graph.world.together
+        loss = sum(losses) / graph.spread.copies
         return NonFiniteLoss(
             f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite; the weights were not updated. "
             f"The batch: {where}. {last[0].upper()}{last[1:]}"

@@ -1,8 +1,9 @@
 """A rank that waits for another for too long says for which one, and ends.
 
-Each rank writes where it is to `ranks/00003.beat`, and a count that goes up as long as its process runs. A
+Each rank writes where it is to `ranks/00003.beat`: how many places it has come to, which all ranks come to in
+the same order; whether it is waiting for others; and a count that goes up as long as its process runs. A
 rank that has made no progress for the time limit compares: a count that stands still is of a process that is
-gone, stopped or cut off; one that goes on behind the others is of a rank that hangs. Files rather than
+gone, stopped or cut off; a rank that is behind the others, or alone is not waiting, hangs. Files rather than
 messages, since what fails may be the network, and counts rather than times, since clocks differ and jump.
 """
 
@@ -10,23 +11,25 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lattice.console import errors
 from lattice.rank_log import FOLDER, RankLog
 from lattice.world import World
 
-PHASES = ("data", "passes", "update", "log", "evaluation", "checkpoint")
-"""Of a step, in their order."""
 UNLIMITED = ("evaluation", "checkpoint")
-"""Whose time depends on what is evaluated, and on the disk."""
+"""Places whose time depends on what is evaluated, and on the disk."""
 EXIT = 75
 """Exit status: try again (EX_TEMPFAIL)."""
+NOTHING = {"count": 0, "places": 0, "waits": False, "place": "the start"}
 
 
 class Watch:
@@ -35,15 +38,21 @@ class Watch:
     def __init__(self, run: Path, world: World, timeout: float, log: RankLog) -> None:
         self._folder, self._world, self._timeout, self._log = run / FOLDER, world, timeout, log
         self._interval = min(1.0, timeout / 10)
-        self._step, self._phase = 0, PHASES[0]
+        self._step, self._phase, self._places = 0, "start", 0
         self._since = time.monotonic()
         self._count = 0
+        self._main = threading.get_ident()
         self._stop = threading.Event()
         self.give_up: Callable[[int], None] = os._exit
 
     def at(self, step: int, phase: str) -> None:
-        """This rank has come to this phase of step `step`."""
+        """This rank has come to this part of step `step`."""
+        self._places += 1
         self._step, self._phase, self._since = step, phase, time.monotonic()
+
+    @property
+    def place(self) -> str:
+        return f"step {self._step} ({self._phase})"
 
     @contextmanager
     def on(self) -> Iterator[Watch]:
@@ -71,25 +80,39 @@ class Watch:
                 self._end(waited)
             elif warned != self._since:
                 warned = self._since
-                self._log.event("stalled", step=self._step, phase=self._phase, seconds=round(waited, 1))
+                self._log.event("stalled", place=self.place, seconds=round(waited, 1), stack=self._stack())
 
     def _beat(self) -> None:
         self._count += 1
         path = self._folder / f"{self._world.rank:05d}.beat"
-        row = {"count": self._count, "step": self._step, "phase": self._phase}
+        row = {"count": self._count, "places": self._places, "waits": self._waits(), "place": self.place}
         try:
             path.with_suffix(".new").write_text(json.dumps(row), encoding="utf-8")
             path.with_suffix(".new").replace(path)
         except OSError:  # a full disk is for what must be written there to report
             return
 
+    def _waits(self) -> bool:
+        """Whether the main thread is in an operation of torch.distributed."""
+        frame = self._frame()
+        return frame is not None and "torch/distributed" in frame.f_code.co_filename
+
+    def _frame(self) -> FrameType | None:
+        return sys._current_frames().get(self._main)
+
+    def _stack(self) -> list[str]:
+        """Where the main thread is, its innermost call last."""
+        return [f"{one.filename}:{one.lineno} {one.name}" for one in traceback.extract_stack(self._frame())][
+            -8:
+        ]
+
     def _end(self, waited: float) -> None:
         before = self._beats()
         time.sleep(3 * self._interval)
         self._beat()
         blamed = culprits(before, self._beats(), self._world.rank)
-        message = f"no progress for {waited:.0f} s in step {self._step} ({self._phase}): {blamed}"
-        self._log.event("fault", error="Timeout", message=message, step=self._step, phase=self._phase)
+        message = f"no progress for {waited:.0f} s in {self.place}: {blamed}"
+        self._log.event("fault", error="Timeout", message=message, stack=self._stack())
         errors.print(f"error: rank {self._world.rank}: {message}", markup=False, soft_wrap=True)
         self.give_up(EXIT)
 
@@ -99,26 +122,23 @@ class Watch:
             try:
                 beats[rank] = json.loads((self._folder / f"{rank:05d}.beat").read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                beats[rank] = {"count": 0, "step": 0, "phase": PHASES[0]}
+                beats[rank] = NOTHING
         return beats
 
 
 def culprits(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], me: int) -> str:
     """Which ranks the others wait for, from what all wrote at two moments."""
+
+    def named(ranks: list[int], what: str) -> str:
+        return "; ".join(f"rank {rank} {what} {after[rank]['place']}" for rank in ranks)
+
     silent = [rank for rank in after if rank != me and after[rank]["count"] == before[rank]["count"]]
     if silent:
-        return "; ".join(
-            f"rank {rank} is stopped, gone or cut off, since {_place(after[rank])}" for rank in silent
-        )
-    places = {rank: (beat["step"], PHASES.index(beat["phase"])) for rank, beat in after.items()}
-    first = min(places.values())
-    behind = [rank for rank, place in places.items() if place == first]
-    if len(behind) == len(places):
-        return (
-            f"all ranks wait at the same place, {_place(after[me])}: for the network, or for different things"
-        )
-    return "; ".join(f"rank {rank} hangs at {_place(after[rank])}" for rank in behind)
-
-
-def _place(beat: dict[str, Any]) -> str:
-    return f"step {beat['step']} ({beat['phase']})"
+        return named(silent, "is stopped, gone or cut off, since")
+    first = min(beat["places"] for beat in after.values())
+    behind = [rank for rank, beat in after.items() if beat["places"] == first]
+    if len(behind) == len(after):
+        behind = [rank for rank, beat in after.items() if not beat["waits"]]
+    if 0 < len(behind) < len(after):
+        return named(behind, "hangs at")
+    return "all ranks wait at the same place: for the network, or for different things"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lattice.launch import Agreed, Elsewhere, Launch
 
@@ -110,15 +111,19 @@ class World:
 
 @contextmanager
 def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]:
-    """Connects the ranks, if there are several. An operation that waits longer than `timeout` seconds for
-    the others fails."""
+    """Connects the ranks, if there are several. An operation that waits for the others fails after twice
+    `timeout` seconds: lattice.watch, which says for whom, comes first."""
     if world.size == 1 or dist.is_initialized():
         yield
         return
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=2 * timeout)
+    store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=limit))
+    # torchrun keeps its store when it starts the processes again: the addresses there are of those that died.
+    store = dist.PrefixStore(f"attempt {world.launch.attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     yield
     # After a failure the others may be gone, and parting from them could wait for ever.
     dist.destroy_process_group()

@@ -28,6 +28,7 @@ from torch.nn.utils import parameters_to_vector
 
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
+from lattice.split import Split
 from lattice.spread import Site, Spread
 
 CALLED = ("hidden_states", "prefill", "step")
@@ -66,8 +67,8 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 class Sharded(Spread):
     """A model that `shard_matrices` has sharded."""
 
-    def __init__(self, model: LanguageModel, *, once: bool) -> None:
-        super().__init__(model)
+    def __init__(self, model: LanguageModel, *, once: bool, split: Split | None = None) -> None:
+        super().__init__(model, split)
         self._units = _units(model)
         self._once = once
         mesh = cast("DTensor", model.decoder.embedding.weight).device_mesh
@@ -97,7 +98,8 @@ class Sharded(Spread):
         flat_N = parameters_to_vector(gradients)
         for group in self._groups:
             dist.all_reduce(flat_N, group=group)
-        for gradient, summed in zip(gradients, flat_N.split([one.numel() for one in gradients]), strict=True):
+        pieces = torch.split(flat_N, [gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, pieces, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
     @contextmanager
@@ -106,7 +108,8 @@ class Sharded(Spread):
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
-        yield
+        with super().whole():
+            yield
         for unit in self._units:
             unit.reshard()
         for unit in self._units[1:]:

@@ -56,7 +56,10 @@ class Replicated(Spread):
             yield
 
 
-def _summed(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summed(
+    state: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """The sum, where torch takes the mean: losses are divided by the targets of all ranks already."""
     summing = dist.all_reduce(bucket.buffer(), async_op=True)
     assert summing is not None

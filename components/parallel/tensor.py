@@ -28,8 +28,8 @@ class TensorParallel(Parallel):
     """Heads and the inner width of the layers divided among neighbouring ranks; among the others the batch is
     divided, and the weights are sharded.
 
-    Embedding, norms and head are not divided. A pass sums two activations a layer over the neighbours, so that
-    they should be on one host.
+    Embedding, norms and head are not divided. A pass sums two activations a layer over the neighbours: they
+    should be on one host.
     """
 
     degree: int
@@ -71,7 +71,9 @@ class TensorParallel(Parallel):
             shard_matrices(model, mesh["shard"], site, once=self._once(site))
 
     def spread(self, model: LanguageModel, site: Site) -> Spread:
-        return Sharded(model, once=self._once(site)) if site.world.data_size > 1 else Spread(model)
+        spread = Sharded(model, once=self._once(site)) if site.world.data_size > 1 else Spread(model)
+        spread.copies = site.world.together
+        return spread
 
     def _once(self, site: Site) -> bool:
         return self.reshard == "step" or (self.reshard == "auto" and bool(site.gathered_fits))

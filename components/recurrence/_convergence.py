@@ -17,6 +17,7 @@ class Convergence:
 
     def __init__(self, stack: Stack, tolerance: float | None) -> None:
         self._real_BL = stack.real_BL
+        self._row_norms = stack.row_norms
         self._tolerance = tolerance
         self._residuals: list[Tensor] = []
         self._done_B: Tensor | None = None
@@ -37,7 +38,7 @@ class Convergence:
     def watch(self, before_BLnD: Tensor, after_BLnD: Tensor) -> bool:
         """Notes the change of one iteration; True when every row is done."""
         change_B, size_B = self._norm(after_BLnD - before_BLnD), self._norm(after_BLnD)
-        # A mean over rows, so that the parts of a batch, on other ranks or accumulated, have the batch's mean.
+        # A mean over rows, so that what is measured on the parts of a batch averages to the batch's.
         self._residuals.append((change_B / size_B.clamp(min=1e-30)).mean())
         if self._tolerance is None:
             return False
@@ -50,8 +51,7 @@ class Convergence:
         x_BLnD = x_BLnD.to(torch.promote_types(x_BLnD.dtype, torch.float32))
         if self._real_BL is not None:
             x_BLnD = x_BLnD * self._real_BL[:, :, None, None]
-        norm_B: Tensor = torch.linalg.vector_norm(x_BLnD, dim=(1, 2, 3))
-        return norm_B
+        return self._row_norms(torch.linalg.vector_norm(x_BLnD, dim=(1, 2, 3)))
 
     @property
     def telemetry(self) -> dict[str, Tensor]:

@@ -44,6 +44,11 @@ def cases_of_two():
         "tie_word_embeddings": True,
     }
     del llama["rotary_pct"]
+    for name in ("jacobi", "sweeps", "loop", "softmax", "pause"):
+        table = {"kind": "context", "degree": 2, "reshard": "step"}
+        cases[f"context_{name}"] = recipe_of(recurrence=KINDS[name], parallel=table)
+    packed = {"kind": "document", "thoughts": "last"}
+    cases["context_documents"] = recipe_of(mask=packed, parallel={"kind": "context", "degree": 2})
     cases["llama"] = recipe_of(backbone=llama, parallel=STEP)
     cases["llama_tensor"] = recipe_of(backbone=llama, parallel={"kind": "tensor", "degree": 2})
     for name, parallel in {"step": STEP, "pass": PASS, "ddp": {"kind": "ddp"}}.items():
@@ -63,6 +68,11 @@ def cases_of_four():
         "long": recipe_of(run={"steps": 50}, parallel={"kind": "ddp"}),
         "replicas": recipe_of(parallel={**STEP, "replicas": 2}, run={"micro_batch": 1}),
         "replicas_pass": recipe_of(parallel={**PASS, "replicas": 2}, run={"micro_batch": 1}),
+        "context": recipe_of(
+            parallel={"kind": "context", "degree": 2, "reshard": "pass"},
+            activation_checkpoint={"kind": "pass"},
+            run={"micro_batch": 2},
+        ),
         "tensor_fsdp": recipe_of(parallel={"kind": "tensor", "degree": 2, "reshard": "step"}),
     }
 
@@ -86,7 +96,7 @@ def of_four(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "ranks, name", [*((2, n) for n in cases_of_two()), *((4, n) for n in cases_of_four())]
+    ("ranks", "name"), [*((2, n) for n in cases_of_two()), *((4, n) for n in cases_of_four())]
 )
 def test_losses_are_those_of_one_process(ranks, name, tmp_path, request):
     folder, said = request.getfixturevalue("of_two" if ranks == 2 else "of_four")
