@@ -69,7 +69,7 @@ def manifest(
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """Of all that a manifest says, but for the checksum itself."""
+    """Of all that a manifest or a journal says, but for the checksum itself."""
     said = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
