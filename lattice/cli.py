@@ -571,6 +571,7 @@ def prepare(
     train_bpe: int | None = None,
     validation_fraction: float = 0.0,
     text_key: str = "text",
+    workers: int = 0,
 ) -> None:
     """Turn text into token shards. The same command goes on with a preparation that was interrupted.
 
@@ -588,6 +589,8 @@ def prepare(
         Share of the documents to hold out.
     text_key
         Key or column of the text in jsonl and parquet.
+    workers
+        Processes that encode; with 0 this one does, on all cores. The bytes are the same.
     """
     from lattice.prepare import prepare as prepare_
 
@@ -598,6 +601,7 @@ def prepare(
         train_bpe=train_bpe,
         validation_fraction=validation_fraction,
         text_key=text_key,
+        workers=workers,
     )
 
 

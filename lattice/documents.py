@@ -1,4 +1,4 @@
-"""From sources to documents: which files there are, and their texts in order.
+"""From sources to documents: which files there are, and their records in order.
 
 A source is a plain text file (one document), a `.jsonl` or `.parquet` file (one document a record), a folder
 of these, or the name of a Hugging Face dataset. `.gz`, `.xz` and `.zst` are decompressed on the way.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from lattice.text_sources import HubDataset, JsonLines, Parquet, PlainText, TextSource
+from lattice.text_sources import HubDataset, JsonLines, Parquet, PlainText, Record, TextSource
 from lattice.unpack import COMPRESSIONS
 
 TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -21,15 +21,11 @@ PARQUET = (".parquet",)
 DEFAULT_HUB_SPLIT = "train"
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and where the one after it begins."""
+class Place(NamedTuple):
+    """Before a document: so many records into a source."""
 
-    text: str
-    bytes: int
-    """UTF-8 bytes of the text."""
-    next: tuple[int, int]
-    """Source and record number to continue at after this document."""
+    source: int
+    record: int
 
 
 def find_sources(names: Sequence[str], text_key: str) -> tuple[list[TextSource], list[str]]:
@@ -61,17 +57,15 @@ def find_sources(names: Sequence[str], text_key: str) -> tuple[list[TextSource],
     return found, skipped
 
 
-def documents(sources: Sequence[TextSource], start: tuple[int, int] = (0, 0)) -> Iterator[Document]:
-    """Every document, empty ones too, from source `start[0]`, record `start[1]` on.
+def records(sources: Sequence[TextSource], start: Place) -> Iterator[tuple[Place, Record]]:
+    """Every document as it lies there, empty ones too, from `start` on, and its place.
 
     Raises ValueError that names the file and the place in it.
     """
-    first, skip = start
-    for number in range(first, len(sources)):
-        record = skip if number == first else 0
-        for text, size in sources[number].texts(record):
-            record += 1
-            yield Document(text, size, (number, record))
+    for number in range(start.source, len(sources)):
+        first = start.record if number == start.source else 0
+        for record, content in enumerate(sources[number].records(first), first):
+            yield Place(number, record), content
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[str]]:
@@ -130,4 +124,4 @@ def _hub_source(name: str, text_key: str) -> TextSource:
 
 def texts(sources: Sequence[TextSource]) -> Iterator[str]:
     """Only the texts, to train a tokenizer on."""
-    return (document.text for document in documents(sources))
+    return (sources[place.source].text(record)[0] for place, record in records(sources, Place(0, 0)))

@@ -1,6 +1,8 @@
-"""GPUs that one may not have: their memory and their peak, from NVIDIA's data sheets.
+"""GPUs that one may not have: memory, peak and bandwidths, from NVIDIA's data sheets.
 
-https://www.nvidia.com/en-us/data-center/h100/ and the pages of the others; dense bfloat16 on tensor cores.
+https://www.nvidia.com/en-us/data-center/h100/ and the pages of the others; dense bfloat16 on tensor cores;
+NVLink in one direction, which is half of what is stated. Between nodes: the network cards of a DGX with eight
+of them, one a GPU, from the data sheets of DGX A100 (200 Gb/s each), DGX H100 and DGX H200 (400 Gb/s each).
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ class GPU:
     """Dense bfloat16 operations a second."""
     names: str
     """What torch calls it begins or goes on with."""
+    link: float
+    """Bytes a second in one direction to the GPUs of its node."""
+    network: float
+    """Bytes a second in one direction of a GPU's network card."""
+    node: int = 8
+    """GPUs of a node."""
 
 
 GPUS: dict[str, GPU] = {
-    "a100-40gb": GPU(40 * 2**30, 312e12, "A100-SXM4-40GB"),
-    "a100-80gb": GPU(80 * 2**30, 312e12, "A100-SXM4-80GB"),
-    "h100-80gb": GPU(80 * 2**30, 989e12, "H100 80GB HBM3"),
-    "h200-141gb": GPU(141e9, 989e12, "H200"),
+    "a100-40gb": GPU(40 * 2**30, 312e12, "A100-SXM4-40GB", 300e9, 25e9),
+    "a100-80gb": GPU(80 * 2**30, 312e12, "A100-SXM4-80GB", 300e9, 25e9),
+    "h100-80gb": GPU(80 * 2**30, 989e12, "H100 80GB HBM3", 450e9, 50e9),
+    "h200-141gb": GPU(141e9, 989e12, "H200", 450e9, 50e9),
 }
 
 

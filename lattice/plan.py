@@ -2,7 +2,8 @@
 
 Memory is predicted by computing a step on fake tensors (lattice.memory), time from the ledger's operations at
 a stated share of the GPUs' peak. On several GPUs weights, gradients and optimizer state are sharded (FSDP),
-and a rank holds all weights and gradients through the passes of a step, gathered once.
+and a rank holds all weights and gradients through the passes of a step, gathered once. What it sends for that
+is counted beside (lattice.communication) and taken to be hidden behind what is computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lattice.communication import Traffic, traffic
 from lattice.hardware import GPU
 from lattice.ledger import Ledger, ledger
 from lattice.memory import StepMemory, step_memory
@@ -60,6 +62,8 @@ class Setting:
     days: float
     """For the recipe's tokens."""
     gpu_hours: float
+    communication: list[Traffic]
+    """Of a rank in a step; nothing for one GPU."""
 
 
 def rows_of(recipe: Recipe, gpus: int) -> int:
@@ -108,6 +112,14 @@ def _setting(count: int, name: str, recipe: Recipe, target: Target) -> Setting:
     operations = costs.training_operations + costs.repeated_operations
     rate = target.gpus * target.gpu.peak * target.utilization / operations
     seconds = run.steps * run.batch_tokens / rate
+    communication = traffic(
+        recipe,
+        costs,
+        target.gpu,
+        target.gpus,
+        micro_batches=run.sequences // (target.gpus * rows),
+        compute_seconds=seconds / run.steps,
+    )
     return Setting(
         thoughts=count,
         checkpointing=name,
@@ -118,6 +130,7 @@ def _setting(count: int, name: str, recipe: Recipe, target: Target) -> Setting:
         tokens_per_second=rate,
         days=seconds / 86400,
         gpu_hours=target.gpus * seconds / 3600,
+        communication=communication if target.gpus > 1 else [],
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from lattice.communication import slots_to_hide
 from lattice.console import console, say, table
 from lattice.hardware import GPUS
 from lattice.ledger import ledger
@@ -107,5 +108,38 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
             for count, one in zip(first, best, strict=True)
         ],
     )
+    if target.gpus > 1:
+        shown = [one or first[count] for count, one in zip(first, best, strict=True)]
+        _show_communication(recipe, shown, target)
     if None in best:
         say("where none fits: lower run.micro_batch with --set, or take more or larger GPUs")
+
+
+def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Target) -> None:
+    """Of the settings, one for each number of thoughts."""
+    table(
+        "communication of a rank in a step: GB, seconds, share of computing",
+        ["K", "reshard", "shards", "copies", "gathers", "weights", "grads", "s", "share"],
+        [
+            [
+                str(setting.thoughts),
+                one.reshard,
+                str(one.shards),
+                str(one.replicas),
+                f"{one.layer_gathers:,.1f}",
+                f"{one.gathered / 1e9:,.1f}",
+                f"{one.reduced / 1e9:,.1f}",
+                f"{one.seconds:,.3f}",
+                f"{one.share:.1%}",
+            ]
+            for setting in settings
+            for one in setting.communication
+        ],
+    )
+    gpu, at_once = target.gpu, settings[0].micro_batch * recipe.run.sequence_tokens
+    slots = slots_to_hide(recipe, gpu, target.gpus, target.utilization)
+    say(
+        f"at {gpu.link / 1e9:,.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:,.0f} GB/s a GPU "
+        f"between nodes; gathering a layer takes as long as computing {slots:,.0f} slots of it, a rank has "
+        f"{at_once:,} tokens at once"
+    )

@@ -1,34 +1,27 @@
 """`lattice prepare`: documents into shards of tokens.
 
-Three stages run side by side: one thread reads, one encodes (on all cores, inside the tokenizer), this one
-writes. What a document becomes depends on nothing but its text and its place in the sources, and shards end
-at fixed places; so a preparation that is interrupted and run again ends with the same bytes.
+One thread reads, others or other processes encode (lattice.prepare_encoding), this one writes. What a
+document becomes depends on nothing but its text and its place in the sources, and shards end at fixed places;
+so a preparation that is interrupted and run again, with any number of workers, ends with the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lattice.atomic import CannotWrite
-from lattice.documents import Document, documents, find_sources, texts
+from lattice.documents import Place, find_sources, texts
+from lattice.prepare_encoding import Encoder, encoded_documents
 from lattice.prepare_journal import Journal, opened
 from lattice.prepare_progress import progress
-from lattice.protocols import Codec, Tokenizer
+from lattice.protocols import Tokenizer
 from lattice.registry import kinds, lookup
 from lattice.shard_writer import SplitWriter
-from lattice.text_sources import TextSource
 
-T = TypeVar("T")
-BATCH_BYTES = 4_000_000
-BATCH_DOCUMENTS = 4096
-AHEAD = 3
-"""Batches that wait between two stages."""
 TOKENIZER_FOLDER = "tokenizer"
 log = logging.getLogger(__name__)
 
@@ -42,6 +35,7 @@ def prepare(
     validation_fraction: float = 0.0,
     text_key: str = "text",
     shard_tokens: int = 100_000_000,
+    workers: int = 0,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenizes `sources` into the directory `out` and returns its manifest.
@@ -51,6 +45,7 @@ def prepare(
     size of a byte-level BPE to train on the sources.
     validation_fraction: share of documents, chosen by a hash of their text, that go to the validation split.
     shard_tokens: a shard ends with the document that reaches this many tokens, over both splits.
+    workers: processes that encode; with 0 this one does, on all cores inside the tokenizer; same bytes.
 
     Run again after an interruption it continues; run on a finished directory it returns what is there.
     Raises ValueError, CannotWrite or FileNotFoundError with a message for the user: a source that cannot be
@@ -60,6 +55,8 @@ def prepare(
         raise ValueError(f"validation_fraction = {validation_fraction}: must be at least 0 and below 1")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens = {shard_tokens}: must be at least 1")
+    if workers < 0:
+        raise ValueError(f"workers = {workers}: must be at least 0")
     spec, maker = _tokenizer(tokenizer, train_bpe)
     found, skipped = find_sources(sources, text_key)
     if skipped:
@@ -79,7 +76,8 @@ def prepare(
         codec = maker.build(out / TOKENIZER_FOLDER, lambda: texts(found))
         journal.begin(codec)
         try:
-            _write_shards(found, codec, journal, show_progress)
+            encoder = Encoder(found, codec, validation_fraction)
+            _write_shards(encoder, maker, journal, workers, show_progress)
         except CannotWrite as error:
             raise CannotWrite(
                 f"{error}. {journal.describe()} Free some space, then run the same command again to continue"
@@ -111,27 +109,35 @@ def _few(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _write_shards(found: Sequence[TextSource], codec: Codec, journal: Journal, show_progress: bool) -> None:
+def _write_shards(
+    encoder: Encoder, maker: Tokenizer, journal: Journal, workers: int, show_progress: bool
+) -> None:
     """Reads, encodes and writes from where the journal stands to the end of the sources."""
     writers = {
-        split: SplitWriter(journal.folder, split, codec, shards) for split, shards in journal.splits.items()
+        split: SplitWriter(journal.folder, split, encoder.codec, shards)
+        for split, shards in journal.splits.items()
     }
-    fraction = journal.settings["validation_fraction"]
     empty = journal.empty
-    batches = _ahead(_batches(documents(found, journal.position)))
+    stream = encoded_documents(
+        encoder,
+        Place(*journal.position),
+        workers=workers,
+        maker=maker,
+        folder=journal.folder / TOKENIZER_FOLDER,
+    )
     try:
-        with progress(show_progress, [source.name for source in found]) as report:
-            for batch, encoded in _ahead(map(_encoding(codec), batches)):
-                for document, ids in zip(batch, encoded, strict=True):
-                    if ids:
-                        split = "validation" if _is_validation(document.text, fraction) else "train"
-                        writers[split].add(ids, document.bytes)
-                    else:
-                        empty += 1
-                    report(document, len(ids))
-                    if sum(w.tokens for w in writers.values()) >= journal.settings["shard_tokens"]:
-                        _complete(writers, journal, document.next, empty)
-        _complete(writers, journal, (len(found), 0), empty)
+        with progress(show_progress, [source.name for source in encoder.sources]) as report, closing(stream):
+            for document in stream:
+                if len(document.ids):
+                    split = "validation" if document.held_out else "train"
+                    writers[split].add(document.ids, document.bytes)
+                else:
+                    empty += 1
+                report(document)
+                if sum(w.tokens for w in writers.values()) >= journal.settings["shard_tokens"]:
+                    source, record = document.place
+                    _complete(writers, journal, (source, record + 1), empty)
+        _complete(writers, journal, (len(encoder.sources), 0), empty)
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -144,41 +150,3 @@ def _complete(
     for writer in writers.values():
         writer.finish_shard()
     journal.complete({split: writer.shards for split, writer in writers.items()}, position, empty)
-
-
-def _encoding(codec: Codec) -> Callable[[list[Document]], tuple[list[Document], list[list[int]]]]:
-    return lambda batch: (batch, codec.encode_batch([document.text for document in batch]))
-
-
-def _is_validation(text: str, fraction: float) -> bool:
-    """By the text alone, so that equal documents stay on one side and the order does not matter."""
-    if fraction == 0:
-        return False
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in batches of bounded size, at least one each."""
-    batch: list[Document] = []
-    size = 0
-    for document in stream:
-        batch.append(document)
-        size += document.bytes
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items in order, drawn by another thread up to AHEAD early; exceptions come in their place."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        waiting = deque(pool.submit(next, items, None) for _ in range(AHEAD))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, items, None))
-            yield item
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lattice.atomic import PARTIAL, naming, write_json
 from lattice.protocols import Codec
-from lattice.shard_writer import INDEX_BYTES, JOURNAL, MANIFEST, manifest, token_dtype
+from lattice.shard_writer import INDEX_BYTES, JOURNAL, MANIFEST, checksum, manifest, token_dtype
 
 LOCK = "prepare.lock"
 
@@ -45,15 +45,15 @@ class Journal:
         self.splits: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
         if (folder / MANIFEST).exists():
             self.finished = _load(folder / MANIFEST)
+            if self.finished.get("checksum") != checksum(self.finished):
+                raise ValueError(f"{folder / MANIFEST} is damaged: delete '{folder}' and start again")
             before = {**self.finished.get("settings", {}), "files": self.finished.get("sources")}
             self._same(before, "is already prepared")
         elif (folder / JOURNAL).exists():
-            try:
-                self._resume(_load(folder / JOURNAL))
-            except (KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{folder / JOURNAL} is damaged: delete '{folder}' and start again"
-                ) from error
+            saved = _load(folder / JOURNAL)
+            if saved.get("checksum") != checksum(saved):
+                raise ValueError(f"{folder / JOURNAL} is damaged: delete '{folder}' and start again")
+            self._resume(saved)
         else:
             others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and PARTIAL not in p.name)
             if others:
@@ -136,16 +136,14 @@ class Journal:
                 )
 
     def _save(self) -> None:
-        write_json(
-            self.folder / JOURNAL,
-            {
-                "settings": self.settings,
-                "fingerprint": self.fingerprint,
-                "position": self.position,
-                "empty": self.empty,
-                "splits": self.splits,
-            },
-        )
+        content = {
+            "settings": self.settings,
+            "fingerprint": self.fingerprint,
+            "position": self.position,
+            "empty": self.empty,
+            "splits": self.splits,
+        }
+        write_json(self.folder / JOURNAL, {**content, "checksum": checksum(content)})
 
 
 def _first_difference(before: list[Any], now: list[Any]) -> tuple[Any, Any]:
@@ -157,8 +155,8 @@ def _first_difference(before: list[Any], now: list[Any]) -> tuple[Any, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")

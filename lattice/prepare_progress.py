@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lattice.documents import Document
+from lattice.prepare_encoding import Document
 
 LINE_SECONDS = 30.0
 BAR_SECONDS = 0.2
 
 
 @contextmanager
-def progress(show: bool, sources: Sequence[str]) -> Iterator[Callable[[Document, int], None]]:
-    """A function to call with each document and its number of tokens; counts are of this run."""
+def progress(show: bool, sources: Sequence[str]) -> Iterator[Callable[[Document], None]]:
+    """A function to call with each document; counts are of this run."""
     console = Console(stderr=True)
     if not show:
-        yield lambda document, tokens: None
+        yield lambda document: None
     elif console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console) as bar:
@@ -42,11 +42,11 @@ class _Counter:
         self._start = self._shown = time.monotonic()
         self._documents = self._bytes = self._tokens = self._source = 0
 
-    def add(self, document: Document, tokens: int) -> None:
+    def add(self, document: Document) -> None:
         self._documents += 1
         self._bytes += document.bytes
-        self._tokens += tokens
-        self._source = document.next[0]
+        self._tokens += len(document.ids)
+        self._source = document.place.source
         now = time.monotonic()
         if now - self._shown >= self._seconds:
             self._shown = now

@@ -12,7 +12,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import tomli
 import tomli_w
 
 from lattice import options, registry, toml_source
@@ -95,15 +94,11 @@ def load_recipe(
         if not list(overrides) and over is None:
             return recipe
         recipe = recipe.table()
-    if isinstance(recipe, Mapping):
-        layers, base, name = [toml_source.plain(dict(recipe), "dict")], Path.cwd(), "recipe"
-        if "extends" in recipe:
-            layers = [*_parents(layers[0], base, ()), *layers]
-    else:
-        path = Path(recipe)
-        layers, base, name = _file_layers(path, ()), path.parent, path.stem
-    layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml"), *layers]
-    layers += [*([] if over is None else [over]), *_overrides(overrides)]
+    try:
+        layers, name = _layers(recipe)
+        layers += [*([] if over is None else [over]), *_overrides(overrides)]
+    except toml_source.TomlError as error:
+        raise RecipeError([str(error)]) from error
     imports = [spec for layer in layers for spec in _imports(layer)]
     if imports and not allow_imports:
         raise RecipeError(
@@ -112,6 +107,16 @@ def load_recipe(
     merged = reduce(_merge, [_without_layer_keys(layer) for layer in layers])
     problems: list[str] = []
     return _check(merged, _import(layers, problems), name, problems)
+
+
+def _layers(recipe: str | Path | Mapping[str, Any]) -> tuple[list[Source], str]:
+    """Every layer that the recipe itself brings, the lowest first, and the recipe's name."""
+    layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml")]
+    if not isinstance(recipe, Mapping):
+        return [*layers, *_file_layers(Path(recipe), ())], Path(recipe).stem
+    layer = toml_source.plain(dict(recipe), "dict")
+    parents = _parents(layer, Path.cwd(), ()) if "extends" in recipe else []
+    return [*layers, *parents, layer], "recipe"
 
 
 def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
@@ -123,10 +128,7 @@ def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
         raise FileNotFoundError(f"recipe '{path}' does not exist{asked}")
     if path.resolve() in [child.resolve() for child in children]:
         raise RecipeError([f"{path}: extends itself, by way of {' -> '.join(map(str, children))}"])
-    try:
-        layer = toml_source.read(path, _shown(path))
-    except toml_source.TomlError as error:
-        raise RecipeError([str(error)]) from error
+    layer = toml_source.read(path, _shown(path))
     names = _imports(layer)
     resolved = [str((path.parent / name).resolve()) if name.endswith(".py") else name for name in names]
     layer.table.update({"imports": resolved} if resolved else {})
@@ -135,7 +137,8 @@ def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
 
 def _imports(layer: Source) -> list[str]:
     names = layer.table.get("imports", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    # A name with a null byte is the name of no file, and the functions of paths refuse it.
+    if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
         raise RecipeError([f"{layer.origins[('imports',)]}: imports = {names!r}: must be a list of strings"])
     return names
 
@@ -161,6 +164,8 @@ def _shown(path: Path) -> str:
 def _overrides(overrides: Iterable[str]) -> list[Source]:
     table: dict[str, Any] = {}
     for override in overrides:
+        if override.encode(errors="ignore").decode() != override:
+            raise RecipeError([f"--set {override!a}: must be UTF-8"])
         key, equals, text = override.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
@@ -168,8 +173,8 @@ def _overrides(overrides: Iterable[str]) -> list[Source]:
         if names == ["extends"]:
             raise RecipeError([f"--set {override}: only a recipe's file can extend others"])
         try:
-            value = tomli.loads(f"value = {text}")["value"]
-        except tomli.TOMLDecodeError:
+            value = toml_source.loads(f"value = {text}")["value"]
+        except toml_source.TomlError:
             value = text.strip()  # a bare word, as a shell user writes it
         at = table
         for name in names[:-1]:

@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import tomli
 import torch
 
-from lattice import atomic
+from lattice import atomic, toml_source
 from lattice.recipe import Recipe, RecipeError
 
 RECIPE = "recipe.toml"
@@ -84,9 +83,9 @@ def read_table(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' holds no run: {RECIPE} is missing")
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except tomli.TOMLDecodeError as error:
-        raise RecipeError([f"{path}: no valid TOML: {error}"]) from error
+        return toml_source.read(path, str(path)).table
+    except toml_source.TomlError as error:
+        raise RecipeError([str(error)]) from error
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A prepared directory holds
 
-    manifest.json            what is there, written last
+    manifest.json            what is there, and a checksum of what it says; written last
     train-00000.bin          tokens, little endian, every document followed by the end-of-document token
     train-00000.idx          where each document starts in that shard, in tokens: uint64, little endian
     validation-00000.bin …
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from array import array
 from collections.abc import Sequence
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lattice.atomic import PARTIAL, naming
 from lattice.protocols import Codec
 
 FORMAT = "lattice-tokens"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 JOURNAL = "progress.json"
 """Present while a preparation is unfinished."""
@@ -44,7 +46,7 @@ def manifest(
     codec: Codec, tokenizer: dict[str, str], splits: dict[str, list[dict[str, Any]]], **facts: Any
 ) -> dict[str, Any]:
     """The manifest of finished shards; `tokenizer` says how it was asked for ("spec", "kind")."""
-    return {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer": {
@@ -63,6 +65,13 @@ def manifest(
         },
         **facts,
     }
+    return {**content, "checksum": checksum(content)}
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Of all that a manifest or a journal says, but for the checksum itself."""
+    said = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 class _HashedFile:
@@ -115,9 +124,9 @@ class SplitWriter:
         self._starts = array("Q")
         self._bytes = 0
 
-    def add(self, ids: Sequence[int], text_bytes: int) -> None:
+    def add(self, ids: Sequence[int] | npt.NDArray[np.int32], text_bytes: int) -> None:
         """Appends one document of `text_bytes` UTF-8 bytes and the end-of-document token."""
-        tokens = np.asarray([*ids, self._eos_id], dtype=np.int64)
+        tokens = np.append(np.asarray(ids, dtype=np.int64), self._eos_id)
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise ValueError(
                 f"the tokenizer gave ids from {tokens.min()} to {tokens.max()}, but its vocabulary has "

@@ -1,7 +1,9 @@
-"""The texts of one source, format by format.
+"""The texts of one source, format by format, in two steps.
 
-`texts(skip)` yields each document with its size in UTF-8 bytes, without the first `skip` records, in
-bounded memory (a plain text file is one document, held whole). Errors are ValueErrors that name the place.
+`records(skip)` reads the records as they lie there, without the first `skip`, in order and in bounded memory
+(a plain text file is one document, held whole). `text(record)` makes of each its text and its size in UTF-8
+bytes; it needs nothing but the record, so that other processes can do it. Errors are ValueErrors that name
+the place.
 """
 
 from __future__ import annotations
@@ -11,11 +13,21 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lattice.unpack import reading
 
 PARQUET_ROWS = 1024
+
+
+class Record(NamedTuple):
+    """One document as it was read."""
+
+    content: bytes | str
+    number: int = 1
+    """Of its line; for messages."""
+    offset: int = 0
+    """Bytes before it in the decompressed file."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +39,28 @@ class TextSource:
     """Bytes on disk; None for what is not a file."""
 
     @abstractmethod
-    def texts(self, skip: int) -> Iterator[tuple[str, int]]: ...
+    def records(self, skip: int) -> Iterator[Record]: ...
+
+    def text(self, record: Record) -> tuple[str, int]:
+        """As it stands: for formats whose reader gives text that is known to be UTF-8."""
+        assert isinstance(record.content, str)
+        return record.content, len(record.content.encode("utf-8"))
 
 
 @dataclass(frozen=True)
 class PlainText(TextSource):
     """One document a file."""
 
-    def texts(self, skip: int) -> Iterator[tuple[str, int]]:
+    def records(self, skip: int) -> Iterator[Record]:
         if skip:
             return
         with reading(Path(self.name)) as file:
             content = file.read()
-        yield _decode(content, self.name, 0), len(content)
+        yield Record(content)
+
+    def text(self, record: Record) -> tuple[str, int]:
+        assert isinstance(record.content, bytes)
+        return _decode(record.content, self.name, 0), len(record.content)
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,7 @@ class JsonLines(TextSource):
 
     key: str
 
-    def texts(self, skip: int) -> Iterator[tuple[str, int]]:
+    def records(self, skip: int) -> Iterator[Record]:
         offset = 0
         with reading(Path(self.name)) as file:
             for number, line in enumerate(file, 1):
@@ -56,17 +77,18 @@ class JsonLines(TextSource):
                     if skip:
                         skip -= 1
                     else:
-                        yield self._text(line, number, offset)
+                        yield Record(line, number, offset)
                 offset += len(line)
 
-    def _text(self, line: bytes, number: int, offset: int) -> tuple[str, int]:
-        where = f"{self.name}:{number}"
-        content = _decode(line, f"{where}", offset)
+    def text(self, record: Record) -> tuple[str, int]:
+        where = f"{self.name}:{record.number}"
+        assert isinstance(record.content, bytes)
+        content = _decode(record.content, where, record.offset)
         try:
-            record = json.loads(content)
+            fields = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: no JSON record: {error}") from error
-        return _field(record, self.key, where)
+        return _field(fields, self.key, where)
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ class Parquet(TextSource):
 
     key: str
 
-    def texts(self, skip: int) -> Iterator[tuple[str, int]]:
+    def records(self, skip: int) -> Iterator[Record]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -87,7 +109,7 @@ class Parquet(TextSource):
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.name} is no Parquet file that can be read: {error}") from error
 
-    def _rows(self, file: Any, skip: int) -> Iterator[tuple[str, int]]:
+    def _rows(self, file: Any, skip: int) -> Iterator[Record]:
         row = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -98,12 +120,12 @@ class Parquet(TextSource):
                 for value in batch.column(self.key):
                     row += 1
                     if row > skip:
-                        yield self._value(value, row)
+                        yield Record(self._value(value, row))
 
-    def _value(self, value: Any, row: int) -> tuple[str, int]:
+    def _value(self, value: Any, row: int) -> str:
         where = f"{self.name}: row {row}"
         try:
-            return _field({self.key: value.as_py()}, self.key, where)
+            return _field({self.key: value.as_py()}, self.key, where)[0]
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: {self.key!r} is not UTF-8 at byte {error.start}") from error
 
@@ -117,7 +139,7 @@ class HubDataset(TextSource):
     config: str | None
     split: str
 
-    def texts(self, skip: int) -> Iterator[tuple[str, int]]:
+    def records(self, skip: int) -> Iterator[Record]:
         records = iter(self._open(skip))
         number = skip
         while True:
@@ -129,7 +151,7 @@ class HubDataset(TextSource):
                 return
             except Exception as error:  # the network, a damaged file, …
                 raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-            yield _field(record, self.key, where)
+            yield Record(_field(record, self.key, where)[0])
 
     def _open(self, skip: int) -> Any:
         try:

@@ -16,6 +16,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
 _NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class CheckpointError(ValueError):
@@ -83,8 +84,8 @@ def verify(folder: Path, files: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Every file's size and SHA-256. Raises CorruptCheckpoint where that cannot be known, and for tensor
-    files that are not listed: the reader would take every one it finds."""
+    """Every file's size and SHA-256. Raises CorruptCheckpoint where that cannot be known, and for files of
+    tensors or facts that are not listed: they would be read all the same."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -96,14 +97,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     for name in files:
-        if name != Path(name).name or "\0" in name:
+        if not _FILE.fullmatch(name):  # nor one without end, such as a device
             raise CorruptCheckpoint(f"{path} lists {name!r}, which is not the name of a file beside it")
     if version != 1:
         raise CorruptCheckpoint(f"{path}: format {version} is unknown to this version, which knows format 1")
     if step != step_of(folder):
         raise CorruptCheckpoint(f"{path} is of step {step}, not of {folder.name}")
-    for found in sorted(folder.glob("*.safetensors")):
-        if found.name not in files:
+    for found in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        if found.name not in files and found.name != MANIFEST:
             raise CorruptCheckpoint(f"{found} does not belong to the checkpoint: {MANIFEST} does not list it")
     return files
 

@@ -232,7 +232,7 @@ class DcpCheckpointer(Checkpointer):
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read: {error}") from error
     if not isinstance(facts, dict):
         raise CorruptCheckpoint(f"{path} holds a {type(facts).__name__}, not the facts of a checkpoint")

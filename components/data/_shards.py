@@ -12,14 +12,49 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from lattice.shard_writer import FORMAT, INDEX_BYTES, INDEX_DTYPE, JOURNAL, MANIFEST, VERSION
+from lattice.shard_writer import FORMAT, INDEX_BYTES, INDEX_DTYPE, JOURNAL, MANIFEST, VERSION, checksum
 
 Tokens = npt.NDArray[np.int64]
+
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+"""Of a file in the directory itself."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Shard(BaseModel, strict=True):
+    file: FileName
+    index: FileName
+    documents: PositiveInt
+    tokens: PositiveInt
+    sha256: Digest
+    index_sha256: Digest
+
+
+class _Split(BaseModel, strict=True):
+    shards: list[_Shard]
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+
+
+class _Tokenizer(BaseModel, strict=True):
+    fingerprint: str
+    vocab_size: PositiveInt
+
+
+class _Manifest(BaseModel, strict=True):
+    """What is read of a manifest."""
+
+    splits: dict[str, _Split]
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: _Tokenizer
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -32,8 +67,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         unfinished = " (its preparation is unfinished)" if (folder / JOURNAL).exists() else ""
         raise FileNotFoundError(f"no prepared data at '{folder}'{unfinished}: {path} does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no manifest of prepared data: 'format' must be '{FORMAT}'")
@@ -42,14 +77,14 @@ def load_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: version {content.get('version')!r} cannot be read; must be {VERSION}: "
             "prepare the data again"
         )
+    if content.get("checksum") != checksum(content):
+        raise ValueError(f"{path} is damaged: its checksum differs; restore it, or prepare the data again")
     try:
-        for split in content["splits"].values():
-            for shard in split["shards"]:
-                _ = [shard[key] for key in ("file", "index", "documents", "tokens", "sha256", "index_sha256")]
-            _ = split["tokens"], split["bytes"], split["documents"]
-        _ = content["dtype"], content["tokenizer"]["fingerprint"], content["tokenizer"]["vocab_size"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
+        _Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged: {place}: {first['msg']}") from error
     return content
 
 

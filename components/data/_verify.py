@@ -94,6 +94,6 @@ def _keys(shard: Shard) -> set[str]:
 def _load(path: Path) -> set[str]:
     """Empty if there is no usable note: the shards are then verified again."""
     try:
-        return set(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return {key for key in json.loads(path.read_bytes()) if isinstance(key, str)}
+    except (OSError, ValueError, TypeError, RecursionError):
         return set()

@@ -16,7 +16,7 @@ from lattice.atomic import PARTIAL, naming, write_json
 from lattice.components.data.packed_tokens import open_prepared
 from lattice.protocols import Codec, Data, DataRequest, Source
 from lattice.registry import register
-from lattice.shard_writer import MANIFEST, SplitWriter, manifest
+from lattice.shard_writer import MANIFEST, VERSION, SplitWriter, manifest
 
 EXCLUDED = {
     "__pycache__",
@@ -64,7 +64,7 @@ class Embedded(Data):
 
     def open(self, request: DataRequest) -> Source:
         documents = self._documents()
-        digest = hashlib.sha256(request.codec.fingerprint.encode())
+        digest = hashlib.sha256(f"{VERSION} {request.codec.fingerprint}".encode())
         for text, held_out in documents:
             digest.update(b"%d %d " % (held_out, len(text)) + text.encode("utf-8"))
         folder = request.cache / f"embedded-{digest.hexdigest()[:24]}"

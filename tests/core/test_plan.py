@@ -89,7 +89,7 @@ def test_what_is_recomputed_saves_memory():
 
 
 def test_plan_by_hand():
-    target = Target(gpu=GPU(10 * 2**20, 1e12, "toy"), gpus=2, utilization=0.5, reserve=0.0)
+    target = Target(gpu=GPU(10 * 2**20, 1e12, "toy", 1e9, 1e9), gpus=2, utilization=0.5, reserve=0.0)
     recipe = recipe_of()
     settings = list(plan(recipe, [0, 1], target))
     asked = [(count, kind) for count in (0, 1) for kind in CHECKPOINTING]
@@ -136,7 +136,9 @@ def test_command(tmp_path, capsys):
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "4 x h100-80gb, 2 sequences a rank at once, 30% of 989 TFLOP/s assumed" in shown
+    assert "450 GB/s within a node of 8" in shown
     rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["reshard"] for one in rows[0]["communication"]] == ["step", "pass"]
     assert [row["thoughts"] for row in rows] == [0] * 5 + [1] * 5
     assert all(row["fits"] for row in rows)
     assert rows[0]["costs"]["parameters"] == ledger(recipe_of()).parameters

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -10,9 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from lattice import prepare_encoding
+from lattice.components.tokenizer.bytes import BytesCodec, BytesTokenizer
+from lattice.documents import Place
 from lattice.prepare import prepare
+from lattice.prepare_encoding import AHEAD, Encoder, encoded_documents
+from lattice.text_sources import Record, TextSource
 
 OPTIONS = {"validation_fraction": 0.1, "shard_tokens": 50_000}
 PROGRAM = """
@@ -20,8 +28,8 @@ import json, resource, sys
 from pathlib import Path
 from lattice.prepare import prepare
 sources, out, options, limit = json.loads(sys.argv[1])
-import lattice.prepare
-lattice.prepare.BATCH_DOCUMENTS = 16
+import lattice.prepare_encoding
+lattice.prepare_encoding.BATCH_DOCUMENTS = 16
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 print("begin", flush=True)
@@ -29,8 +37,8 @@ prepare(sources, Path(out), "bytes", show_progress=False, **options)
 """
 
 
-def start(sources, out, limit=0):
-    arguments = json.dumps([sources, str(out), OPTIONS, limit])
+def start(sources, out, limit=0, workers=0):
+    arguments = json.dumps([sources, str(out), {**OPTIONS, "workers": workers}, limit])
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -60,22 +68,86 @@ def whole(sources, tmp_path_factory):
     return contents(out)
 
 
+def worker_processes(process) -> list[psutil.Process]:
+    """Children of the server that they are forked from, which is a child of the main process."""
+    return [worker for server in psutil.Process(process.pid).children() for worker in server.children()]
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_killed_at_random_moments(sources, whole, tmp_path):
+    """The last time with workers, which do not outlive their main process."""
     out, rng, stopped_inside = tmp_path / "out", random.Random(1), 0
-    for _ in range(4):
-        process = start(sources, out)
+    for number in (0, 0, 2):
+        process = start(sources, out, workers=number)
         process.stdout.readline()
+        if number:
+            wait_until(lambda process=process: worker_processes(process))
+            workers = worker_processes(process)
         time.sleep(rng.uniform(0.0, 0.35))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         stopped_inside += (out / "progress.json").exists()
     assert stopped_inside
+    wait_until(lambda: not any(worker.is_running() for worker in workers))
     prepare(sources, out, "bytes", show_progress=False, **OPTIONS)
     assert contents(out) == whole
+
+
+def test_the_number_of_workers_does_not_matter(sources, whole, tmp_path, monkeypatch):
+    """Nor does where batches end. What is wrong is said in its place, after all before it is done."""
+    monkeypatch.setattr(prepare_encoding, "BATCH_DOCUMENTS", 40)
+    prepare(sources, tmp_path / "two", "bytes", workers=2, show_progress=False, **OPTIONS)
+    assert contents(tmp_path / "two") == whole
+    bad = tmp_path / "z.jsonl"
+    bad.write_text('{"text": "good"}\n{"text": 7}\n')
+    for workers in (0, 2):
+        out = tmp_path / f"out{workers}"
+        with pytest.raises(ValueError, match=r"z\.jsonl:2: 'text' must be a string, not int"):
+            prepare([*sources, str(bad)], out, "bytes", workers=workers, show_progress=False, **OPTIONS)
+        done = {name: content for name, content in contents(out).items() if name.endswith(".bin")}
+        assert len(done) >= 4
+        assert done.items() <= whole.items()
+
+
+class Endless(TextSource):
+    """Records without end; counts those that were asked for."""
+
+    read = 0
+
+    def records(self, skip):
+        for _ in itertools.count():
+            Endless.read += 1
+            yield Record("x" * 100)
+
+
+def test_reading_runs_only_so_far_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_encoding, "BATCH_DOCUMENTS", 10)
+    encoder = Encoder([Endless("endless", None)], BytesCodec(), 0.0)
+    stream = encoded_documents(encoder, Place(0, 0), workers=0, maker=BytesTokenizer(), folder=tmp_path)
+    for taken in range(1, 500):
+        next(stream)
+        assert Endless.read <= taken + 10 * (2 * AHEAD + 3)
+    stream.close()
+
+
+def test_a_worker_that_was_killed_is_said(tmp_path):
+    encoder = Encoder([Endless("endless", None)], BytesCodec(), 0.0)
+    stream = encoded_documents(encoder, Place(0, 0), workers=1, maker=BytesTokenizer(), folder=tmp_path)
+    assert len(next(stream).ids) == 100
+    for worker in worker_processes(psutil.Process(os.getpid())):
+        worker.kill()
+    with pytest.raises(ValueError, match=r"a worker process ended unexpectedly.*same command again"):
+        sum(1 for _ in stream)
 
 
 def test_stopped_after_every_shard(sources, whole, tmp_path, monkeypatch):

@@ -271,8 +271,8 @@ def test_problems_say_what_to_run(tmp_path, folder):
     ]
     assert PackedTokens(path=str(folder)).problems("bytes") == []
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
-    assert "version 2" in PackedTokens(path=str(folder)).problems("bytes")[0]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+    assert "version 1" in PackedTokens(path=str(folder)).problems("bytes")[0]
     (folder / "manifest.json").unlink()
     (folder / "progress.json").write_text(
         json.dumps({"settings": {**manifest["settings"], "files": manifest["sources"]}})
