@@ -172,7 +172,7 @@ def rotate(x_BSHE: Tensor, rotary: Rotary) -> Tensor:
     backward pass, which is the inverse rotation."""
     cos, sin = rotary
     half = cos.shape[-1]
-    first, second, rest = x_BSHE.tensor_split((half, 2 * half), dim=-1)
+    first, second, rest = torch.split(x_BSHE, [half, half, x_BSHE.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
