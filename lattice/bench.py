@@ -26,7 +26,7 @@ from lattice.console import console
 from lattice.draws import Draw
 from lattice.generate import stream
 from lattice.ledger import Ledger, ledger
-from lattice.memory import LiveTensors
+from lattice.live_tensors import LiveTensors
 from lattice.options import to_table
 from lattice.protocols import Precision
 from lattice.recipe import Recipe

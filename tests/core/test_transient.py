@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lattice
 from lattice.assemble import undrawn_model
-from lattice.memory import LiveTensors
+from lattice.live_tensors import LiveTensors
 from lattice.transient import transient
 
 
