@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 T = TypeVar("T")
 
@@ -36,8 +37,10 @@ def transient(function: Callable[..., Tensor], *inputs: Tensor, into: Callable[[
     # What torch.compile keeps it decides itself.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return into(function(*inputs))
-    parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
-    value: Tensor = _Value.apply(function, len(inputs), *inputs, *parameters)  # type: ignore[no-untyped-call]
+    parameters = dict(function.named_parameters()) if isinstance(function, nn.Module) else {}
+    value: Tensor = _Value.apply(  # type: ignore[no-untyped-call]
+        function, tuple(parameters), *inputs, *parameters.values()
+    )
     if value.grad_fn is None:
         return into(value)
     with _instead_of(value):
@@ -76,39 +79,49 @@ def _view(node: Any, *layout: Any) -> Tensor:
 
 
 class _Value(torch.autograd.Function):
-    """function(*inputs), keeping the inputs. What needs the value in the backward pass comes before this: the
-    value is computed again when it is first asked for, with a graph, and its own backward pass uses that."""
+    """function(*inputs), keeping inputs and parameters.
+
+    What needs the value in the backward pass comes before this one's own: the value is computed again when it
+    is first asked for, with a graph, and this backward pass goes through that."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
-        inputs, ctx.parameters = tensors[:count], tensors[count:]
-        ctx.save_for_backward(*inputs)
-        ctx.computed = None
-        device, dtype = inputs[0].device.type, product_dtype(inputs[0])
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], names: tuple[str, ...], *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.names, ctx.computed = function, names, None
+        device, ctx.dtype = tensors[0].device.type, product_dtype(tensors[0])
         enabled = device != "meta" and torch.is_autocast_enabled(device)
-        ctx.autocast = partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
-        ctx.function = lambda *given: function(*given).to(dtype)
-        value: Tensor = ctx.function(*inputs)
-        return value
+        ctx.autocast = partial(torch.autocast, device, ctx.dtype, enabled, cache_enabled=False)
+        value = function(*tensors[: len(tensors) - len(names)])
+        return value.to(ctx.dtype)
 
     @staticmethod
     def again(ctx: Any) -> tuple[list[Tensor], Tensor]:
-        """The inputs as leaves of a new graph, and the value."""
+        """Inputs and parameters as leaves of a new graph, and the value."""
         if ctx.computed is None:
-            needed = ctx.needs_input_grad[2:]
-            kept = zip(ctx.saved_tensors, needed, strict=False)
-            inputs = [tensor.detach().requires_grad_(needs) for tensor, needs in kept]
+            saved = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+            leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in saved]
             with torch.enable_grad(), ctx.autocast():
-                ctx.computed = inputs, ctx.function(*inputs)
+                ctx.computed = leaves, _called_with(ctx.function, ctx.names, leaves).to(ctx.dtype)
         computed: tuple[list[Tensor], Tensor] = ctx.computed
         return computed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, value = _Value.again(ctx)
+        leaves, value = _Value.again(ctx)
         ctx.computed = None
-        needed = zip((*inputs, *ctx.parameters), ctx.needs_input_grad[2:], strict=True)
-        asked = [tensor for tensor, needs in needed if needs]
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
         gradients = iter(torch.autograd.grad(value, asked, grad))
-        return None, None, *(next(gradients) if needs else None for needs in ctx.needs_input_grad[2:])
+        return None, None, *(next(gradients) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _called_with(function: Callable[..., Tensor], names: tuple[str, ...], tensors: list[Tensor]) -> Tensor:
+    """A module with the parameters that it had: by now a sharded one may have put others in their place."""
+    if not names:
+        return function(*tensors)
+    inputs = tensors[: -len(names)]
+    parameters = dict(zip(names, tensors[-len(names) :], strict=True))
+    called: Tensor = functional_call(cast("nn.Module", function), parameters, tuple(inputs))
+    return called
