@@ -9,8 +9,9 @@ batch x length tokens, three Jacobi refinements in every step, the same mathemat
 32 tokens greedily after a prompt of 32, one row, with the shape of recipes/llama_125m.toml. Each is a process
 of its own that waits while another one works, so that all see the same machine.
 
-Prints medians and ratios with their quartiles, the peak of each process above what it held before its model
-was built, and the peak of its live tensors; appends a line for each arm to --out.
+Prints medians and ratios with their quartiles, the seconds that the threads of a process were busy (on a
+machine that others use this varies less), the peak of each process above what it held before its model was
+built, and the peak of its live tensors; appends a line for each arm to --out.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[
                 "repetitions": options.repetitions,
                 "seconds": statistics.median(one["seconds"] for one in taken),
                 "speedup": quartiles(ratios),
+                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in taken),
                 "peak_mib": max(one["peak_mib"] for one in taken),
                 "live_mib": live[name],
                 "hardware": options.hardware,
@@ -128,7 +130,16 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = ["K", "precision", "arm", "seconds", "times faster (quartiles)", "peak MiB", "live MiB"]
+    columns = [
+        "K",
+        "precision",
+        "arm",
+        "seconds",
+        "times faster (quartiles)",
+        "of its threads",
+        "peak MiB",
+        "live MiB",
+    ]
     cells = []
     for row in rows:
         low, median, high = row["speedup"]
@@ -139,6 +150,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 row["arm"],
                 f"{row['seconds']:.2f}",
                 f"{median:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['cpu_seconds']:.2f}",
                 f"{row['peak_mib']:,.0f}",
                 f"{row['live_mib']:,.0f}",
             ]

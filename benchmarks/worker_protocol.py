@@ -49,8 +49,9 @@ def live_mib(step: Callable[[], Any]) -> float:
 
 
 def serve(build: Callable[[], Callable[[], Any]]) -> None:
-    """Builds, answers that it is ready, and then every line with the seconds of a step and the peak of the
-    process above what it held before; the line `live` with the peak of live tensors in a step of its own."""
+    """Builds, answers that it is ready, and then every line with the seconds of a step, those of its
+    threads, and the peak of the process above what it held before; the line `live` with the peak of live
+    tensors in a step of its own."""
     before = status("VmRSS")
     step = build()
     answer({"seconds": 0.0})
@@ -58,9 +59,10 @@ def serve(build: Callable[[], Callable[[], Any]]) -> None:
         if line == "live\n":
             answer({"live_mib": live_mib(step)})
             continue
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         step()
-        answer({"seconds": time.perf_counter() - start, "peak_mib": status("VmHWM") - before})
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - busy
+        answer({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": status("VmHWM") - before})
 
 
 def answer(values: dict[str, float]) -> None:
