@@ -9,8 +9,9 @@ batch x length tokens, three Jacobi refinements in every step, the same mathemat
 32 tokens greedily after a prompt of 32, one row, with the shape of recipes/llama_125m.toml. Each is a process
 of its own that waits while another one works, so that all see the same machine.
 
-Prints medians and ratios with their quartiles, and the peak of each process above what it held before its
-model was built; appends a line for each arm to --out.
+Prints medians and ratios with their quartiles, the seconds that the threads of a process were busy (on a
+machine that others use this varies less), the peak of each process above what it held before its model was
+built, and the peak of its live tensors; appends a line for each arm to --out.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Worker:
         )
         self._answer()
 
-    def step(self) -> dict[str, float]:
+    def asked(self, command: str) -> dict[str, float]:
+        """ "step", or "live" for its memory."""
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
+        self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -72,7 +74,7 @@ def measured(workers: dict[str, Worker], warm_up: int, repetitions: int) -> dict
     for number in range(warm_up + repetitions):
         names = list(workers)
         for name in names if number % 2 == 0 else reversed(names):
-            one = workers[name].step()
+            one = workers[name].asked("step")
             if number >= warm_up:
                 steps[name].append(one)
     return steps
@@ -92,6 +94,7 @@ def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[
         workers[name] = Worker(ours, environment)
     try:
         steps = measured(workers, options.warm_up, options.repetitions)
+        live = {name: worker.asked("live")["live_mib"] for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.stop()
@@ -112,7 +115,9 @@ def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[
                 "repetitions": options.repetitions,
                 "seconds": statistics.median(one["seconds"] for one in taken),
                 "speedup": quartiles(ratios),
+                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in taken),
                 "peak_mib": max(one["peak_mib"] for one in taken),
+                "live_mib": live[name],
                 "hardware": options.hardware,
                 "torch": options.torch,
             }
@@ -125,7 +130,16 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = ["K", "precision", "arm", "seconds", "times faster (quartiles)", "peak MiB"]
+    columns = [
+        "K",
+        "precision",
+        "arm",
+        "seconds",
+        "times faster (quartiles)",
+        "of its threads",
+        "peak MiB",
+        "live MiB",
+    ]
     cells = []
     for row in rows:
         low, median, high = row["speedup"]
@@ -136,7 +150,9 @@ def show(rows: list[dict[str, Any]]) -> None:
                 row["arm"],
                 f"{row['seconds']:.2f}",
                 f"{median:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['cpu_seconds']:.2f}",
                 f"{row['peak_mib']:,.0f}",
+                f"{row['live_mib']:,.0f}",
             ]
         )
     table("a step of training" if rows[0]["mode"] == "train" else "32 tokens decoded", columns, cells)
@@ -170,7 +186,7 @@ def main() -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in new)
             for row in new:
-                shown = f"{row['seconds']:.2f} s, {row['peak_mib']:,.0f} MiB"
+                shown = f"{row['seconds']:.2f} s, {row['peak_mib']:,.0f} MiB, {row['live_mib']:,.0f} live"
                 say(f"K={thoughts} {precision} {row['arm']}: {shown}")
     show(rows)
 

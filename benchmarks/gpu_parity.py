@@ -109,11 +109,12 @@ def _block_mask(found: dict[str, Any], mask: Document, device: torch.device, len
     documents_BL = _documents(2, length, device)
     slots = Slots.interleaved(Tokens.of(torch.zeros_like(documents_BL), documents_BL=documents_BL), stages=2)
     rotary = Rotary(
-        torch.ones(1, 1, 2 * length, 32, device=device), torch.zeros(1, 1, 2 * length, 32, device=device)
+        torch.ones(1, 2 * length, 1, 16, device=device), torch.zeros(1, 2 * length, 1, 16, device=device)
     )
     generator = torch.Generator().manual_seed(0)
-    query_BHSE, key_BGSE, value_BGSE = (
-        torch.randn(2, heads, 2 * length, 32, generator=generator).to(device) for heads in (4, 2, 2)
+    query_BSHE, key_BGSE, value_BGSE = (
+        torch.randn(size, generator=generator).to(device)
+        for size in ((2, 2 * length, 4, 32), (2, 2, 2 * length, 32), (2, 2, 2 * length, 32))
     )
     allowed_BSS = attention_mask.allowed(mask, slots, slots)
     assert allowed_BSS is not None
@@ -124,7 +125,7 @@ def _block_mask(found: dict[str, Any], mask: Document, device: torch.device, len
     results: dict[str, list[Tensor]] = {}
     for way, given in ways.items():
         inputs = [
-            one.clone().requires_grad_(device.type == "cuda") for one in (query_BHSE, key_BGSE, value_BGSE)
+            one.clone().requires_grad_(device.type == "cuda") for one in (query_BSHE, key_BGSE, value_BGSE)
         ]
         attended_BSE = attend(inputs[0], inputs[1], inputs[2], rotary, given)
         results[way] = [attended_BSE]

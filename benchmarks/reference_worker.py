@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig
-from worker_protocol import NEW_TOKENS, serve
+from worker_protocol import NEW_TOKENS, module, serve
 
 MODELS = Path("src/llamafactory/model/modeling")
 
@@ -20,20 +18,9 @@ def build() -> Callable[[], None]:
     return (training if mode == "train" else decoding)(Path(folder), *arguments)
 
 
-def module(path: Path) -> Any:
-    """A file of the reference, imported."""
-    spec = importlib.util.spec_from_file_location("reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    reference = importlib.util.module_from_spec(spec)
-    sys.modules["reference"] = reference
-    spec.loader.exec_module(reference)
-    return reference
-
-
 def training(folder: Path, thoughts: str, precision: str, batch: str, length: str) -> Callable[[], None]:
     """A step of Pythia-70m's shape."""
-    reference = module(folder / MODELS / "modeling_gpt_neox.py")
+    reference = module("reference", folder / MODELS / "modeling_gpt_neox.py")
     config = GPTNeoXConfig(
         hidden_size=512,
         num_hidden_layers=6,
@@ -65,7 +52,7 @@ def training(folder: Path, thoughts: str, precision: str, batch: str, length: st
 
 def decoding(folder: Path, thoughts: str, precision: str, batch: str, length: str) -> Callable[[], None]:
     """Greedy decoding after a prompt, of the shape of recipes/llama_125m.toml."""
-    reference = module(folder / MODELS / "modeling_llama.py")
+    reference = module("reference", folder / MODELS / "modeling_llama.py")
     config = LlamaConfig(
         hidden_size=768,
         num_hidden_layers=12,

@@ -10,6 +10,7 @@ import gc
 import platform
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,9 +24,9 @@ from lattice import __version__, hardware
 from lattice.assemble import build_model, choose_device
 from lattice.console import console
 from lattice.draws import Draw
-from lattice.generate import generate
+from lattice.generate import stream
 from lattice.ledger import Ledger, ledger
-from lattice.memory import LiveTensors
+from lattice.live_tensors import LiveTensors
 from lattice.options import to_table
 from lattice.protocols import Precision
 from lattice.recipe import Recipe
@@ -158,11 +159,13 @@ class Workload:
     def _decode(self, clock: Clock) -> None:
         with clock("data"):
             ids_BL = self.ids_BL.to(self.device)
-        with clock("prefill"), self.precision.autocast(self.device):
-            generate(self.model, ids_BL, 1)
-        with clock("both"), self.precision.autocast(self.device):
-            generate(self.model, ids_BL, self.options.new_tokens + 1)
-        clock.seconds["forward"] = clock.seconds.pop("both") - clock.seconds["prefill"]
+        # The first token comes from the prompt alone, each after it from a step.
+        tokens_B1 = stream(self.model, ids_BL, self.options.new_tokens + 1)
+        with self.precision.autocast(self.device):
+            with clock("prefill"):
+                next(tokens_B1)
+            with clock("forward"):
+                deque(tokens_B1, maxlen=0)
 
     def row(self) -> dict[str, Any]:
         """Medians with quartiles, the ledger's costs, and on what it was measured."""

@@ -22,7 +22,7 @@ from lattice.sharded import put
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary position embedding, (B or 1, 1, S, R) for R rotated dimensions."""
+    """Cosines and sines of the rotary position embedding, (B or 1, S, 1, R/2) for R rotated dimensions."""
 
     cos: Tensor
     sin: Tensor
@@ -94,11 +94,11 @@ class Block(nn.Module, ABC):
             projected = Projected(*(torch.cat(pair, dim=2) for pair in pairs))
         else:
             projected = given.projected
-        query_BHSE, key_BGSE, value_BGSE = (heads.flatten(1, 2).transpose(1, 2) for heads in projected)
-        key_BGSE, value_BGSE = store(key_BGSE, value_BGSE, rotary, cache)
+        query_BSHE, key_BSGE, value_BSGE = (heads.flatten(1, 2) for heads in projected)
+        key_BGSE, value_BGSE = store(key_BSGE, value_BSGE, rotary, cache)
         if given is None and not range(fresh)[read]:
             return x_BLnD[:, :, read]
-        attended_BSE = attend(query_BHSE, key_BGSE, value_BGSE, rotary, mask)
+        attended_BSE = attend(query_BSHE, key_BGSE, value_BGSE, rotary, mask)
         batch, slots, size = attended_BSE.shape
         attended_BLrE = attended_BSE.view(batch, length, slots // length, size)[:, :, read]
         return self.finish(attended_BLrE, self._local(x_BLnD[:, :, read], given))
@@ -183,35 +183,33 @@ def rotary_tables(position_BS: Tensor, dimensions: int, theta: float, dtype: tor
     precise = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, dimensions, 2, device=position_BS.device, dtype=torch.int64).to(precise)
     frequency = 1.0 / theta ** (exponent / dimensions)
-    angle = position_BS[:, None, :, None].to(precise) * frequency
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = position_BS[:, :, None, None].to(precise) * frequency
     return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
-def rotate(x_BHSE: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates the first R dimensions of each head; the others pass through."""
-    dimensions = rotary.cos.shape[-1]
-    turned = x_BHSE[..., :dimensions]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * rotary.cos + torch.cat([-second, first], dim=-1) * rotary.sin
-    if dimensions == x_BHSE.shape[-1]:
-        return turned
-    return torch.cat([turned, x_BHSE[..., dimensions:]], dim=-1)
+def rotate(x_BSHE: Tensor, rotary: Rotary) -> Tensor:
+    """Rotates the first R dimensions of each head; the others pass through. Keeps the tables alone for the
+    backward pass, which is the inverse rotation."""
+    cos, sin = rotary
+    half = cos.shape[-1]
+    first, second, rest = torch.split(x_BSHE, [half, half, x_BSHE.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def store(
-    key_BGSE: Tensor, value_BGSE: Tensor, rotary: Rotary, layer_cache: LayerCache | None
+    key_BSGE: Tensor, value_BSGE: Tensor, rotary: Rotary, layer_cache: LayerCache | None
 ) -> tuple[Tensor, Tensor]:
     """Rotates the keys and puts them and the values in the cache; returns those of all slots."""
-    key_BGSE = rotate(key_BGSE, rotary)
+    key_BGSE, value_BGSE = rotate(key_BSGE, rotary).transpose(1, 2), value_BSGE.transpose(1, 2)
     return (key_BGSE, value_BGSE) if layer_cache is None else layer_cache.append(key_BGSE, value_BGSE)
 
 
 def attend(
-    query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rotary: Rotary, mask: AttentionMask
+    query_BSHE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rotary: Rotary, mask: AttentionMask
 ) -> Tensor:
     """Rotates the queries; scaled dot-product attention: (B, S, H·E)."""
-    query_BHSE = rotate(query_BHSE, rotary)
+    # The output lies in memory as the queries do: slot by slot, so that no copy makes it so.
+    query_BHSE = rotate(query_BSHE, rotary).transpose(1, 2)
     shared = query_BHSE.shape[1] != key_BGSE.shape[1]
     if mask.blocks is not None:
         flex = _flex_attention(query_BHSE.device.type)

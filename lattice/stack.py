@@ -18,6 +18,7 @@ from lattice.decoder import Alone, AttentionMask, Block, Decoder, Rotary
 from lattice.protocols import ActivationCheckpoint, Mask
 from lattice.slots import Slots, Tokens
 from lattice.split import Split
+from lattice.transient import product_dtype
 
 ALL = slice(None)
 
@@ -198,11 +199,8 @@ class Stack:
 
     def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
         if stages not in self._rotary:
-            device = like.device.type
-            autocast = device != "meta" and torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
             position_BS = Slots.interleaved(self._tokens, stages).position_BS
-            self._rotary[stages] = self._decoder.rotary(position_BS, dtype)
+            self._rotary[stages] = self._decoder.rotary(position_BS, product_dtype(like))
         return self._rotary[stages]
 
 

@@ -19,6 +19,7 @@ from lattice.components.backbone._options import hf_rope, multiple, positive, wa
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
+from lattice.transient import transient
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -133,7 +134,10 @@ class Attention(nn.Module):
     def project(self, x_D: Tensor) -> Projected:
         # The fused projection is head-major: (H, [query, key, value], E), so that a rank may have some heads.
         qkv: Tensor = self.query_key_value(x_D)
-        return Projected(*qkv.view(*qkv.shape[:-1], -1, 3 * self.head_size).chunk(3, dim=-1))
+        query, key, value = qkv.view(*qkv.shape[:-1], -1, 3 * self.head_size).chunk(3, dim=-1)
+        # The backward pass needs queries and keys as they are after rotation; a view of the values would keep
+        # them as they were before, too.
+        return Projected(query, key, value.clone())
 
 
 class MLP(nn.Module):
@@ -144,7 +148,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[options.hidden_act]
 
     def forward(self, x_D: Tensor) -> Tensor:
-        out: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_D)))
+        out: Tensor = transient(self.activation, self.dense_h_to_4h(x_D), into=self.dense_4h_to_h)
         return out
 
 
@@ -158,7 +162,7 @@ class Layer(Block):
         self.mlp = MLP(options)
 
     def project(self, x_D: Tensor) -> Projected:
-        return self.attention.project(self.input_layernorm(x_D))
+        return transient(self.input_layernorm, x_D, into=self.attention.project)
 
     def local(self, x_D: Tensor) -> Tensor:
         return self._with_mlp(x_D) if self.parallel else x_D
@@ -168,7 +172,7 @@ class Layer(Block):
         return summed_D if self.parallel else self._with_mlp(summed_D)
 
     def _with_mlp(self, x_D: Tensor) -> Tensor:
-        out_D: Tensor = self.mlp(self.post_attention_layernorm(x_D)) + x_D
+        out_D: Tensor = transient(self.post_attention_layernorm, x_D, into=self.mlp) + x_D
         return out_D
 
 

@@ -19,6 +19,7 @@ from lattice.components.backbone._options import hf_rope, multiple, positive, wa
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
+from lattice.transient import transient
 
 
 @register("backbone", "llama")
@@ -127,6 +128,11 @@ class Attention(nn.Module):
         return Projected(heads(self.q_proj), heads(self.k_proj), heads(self.v_proj))
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Shazeer, arXiv 2002.05202."""
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     def __init__(self, options: Llama) -> None:
         super().__init__()
@@ -136,7 +142,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x_D: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
+        out: Tensor = transient(swiglu, self.gate_proj(x_D), self.up_proj(x_D), into=self.down_proj)
         return out
 
 
@@ -149,14 +155,14 @@ class Layer(Block):
         self.post_attention_layernorm = nn.RMSNorm(options.hidden_size, eps=options.rms_norm_eps)
 
     def project(self, x_D: Tensor) -> Projected:
-        return self.self_attn.project(self.input_layernorm(x_D))
+        return transient(self.input_layernorm, x_D, into=self.self_attn.project)
 
     def local(self, x_D: Tensor) -> Tensor:
         return x_D
 
     def finish(self, attended_E: Tensor, local_D: Tensor) -> Tensor:
         x_D = local_D + self.self_attn.o_proj(attended_E)
-        out_D: Tensor = x_D + self.mlp(self.post_attention_layernorm(x_D))
+        out_D: Tensor = x_D + transient(self.post_attention_layernorm, x_D, into=self.mlp)
         return out_D
 
 

@@ -10,7 +10,7 @@ from lattice import bench as benching
 from lattice.bench import Case, Options, bench
 from lattice.cli import main
 from lattice.ledger import ledger
-from lattice.memory import LiveTensors
+from lattice.live_tensors import LiveTensors
 from lattice.thought_counts import with_thoughts
 
 TINY = {

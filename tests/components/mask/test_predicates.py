@@ -139,7 +139,7 @@ def test_block_masks_give_the_same_attention(length):
     slots = Slots.interleaved(Tokens.of(real, real, documents), 2)
     mask = Document(window=9, thoughts="last")
     rotary = rotary_tables(slots.position_BS, 8, 1e4, torch.float32)
-    query = torch.randn(2, 4, 2 * length, 8, generator=generator)
+    query = torch.randn(2, 2 * length, 4, 8, generator=generator)
     key, value = (torch.randn(2, 2, 2 * length, 8, generator=generator) for _ in range(2))
     dense = AttentionMask(causal=False, allowed=allowed(mask, slots, slots)[:, None])
     blocks = AttentionMask(causal=False, blocks=block_mask(mask, slots, slots))
