@@ -107,10 +107,9 @@ class Sharded(Spread):
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         root = self._units[0]
         root.set_is_last_backward(last)
-        if self._once:
-            root.set_requires_gradient_sync(last)
-        else:
-            root.set_requires_all_reduce(last)
+        # Else after every one: the gradients of all weights are never there whole, and those of a layer may be
+        # known in two parts, which FSDP2 cannot keep for the replicas.
+        root.set_requires_gradient_sync(last or not self._once)
         yield
 
     @torch.no_grad()
