@@ -107,7 +107,7 @@ class Sharded(Spread):
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         root = self._units[0]
         root.set_is_last_backward(last)
-        # Else after every one: the gradients of all weights are never there whole, and those of a layer may be
+        # Else after every one: gradients of all weights are never there whole, and those of a layer may be
         # known in two parts, which FSDP2 cannot keep for the replicas.
         root.set_requires_gradient_sync(last or not self._once)
         yield

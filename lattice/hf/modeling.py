@@ -22,6 +22,10 @@ from lattice.model import LanguageModel
 from lattice.recipe import load_recipe
 
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls it: `past_key_values` before 5.24."""
+
+
 class Config(PretrainedConfig):
     """The recipe's tables of a model. Options of the backbone can be read as attributes: `hidden_size`, …"""
 
@@ -155,6 +159,7 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -166,16 +171,17 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         `attention_mask` (B, L, or with a cache of P tokens P + L) is 0 for padding. Without a cache all
         tokens are computed in parallel, by the solver at its evaluation settings. With `use_cache=True`, off
         unless asked for, thoughts are computed strictly in sequence, as `generate` does.
-        `logits_to_keep` keeps the last logits alone, or those of the given places.
+        `logits_to_keep` keeps the last logits alone, or those of the given places. The cache is called
+        `past_key_values` before transformers 5.24.
         """
         loss_options = {"num_items_in_batch": others.pop("num_items_in_batch", None)}
         if unknown := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"{', '.join(unknown)}: is not an input of this model")
         if input_ids is None:
             raise ValueError("input_ids: missing")
-        cache: Cache | None = None
-        if use_cache or past_key_values is not None:
-            cache = Cache() if past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        if use_cache or cache is not None:
+            cache = Cache() if cache is None else cache
             logits_BLV = self._in_sequence(input_ids, attention_mask, cache, logits_to_keep)
         else:
             logits = self._model(input_ids, attention_mask).logits
@@ -184,7 +190,7 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             vocabulary = self._model.shape.vocab_size
             loss = self.loss_function(logits_BLV, labels, vocab_size=vocabulary, **loss_options)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits_BLV, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BLV, **{CACHE: cache})
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _in_sequence(
@@ -226,17 +232,19 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **others: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache does not hold yet. `input_ids` may be all tokens or the new ones alone;
         the mask always covers all."""
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        if past_key_values is not None and whole:
-            input_ids = input_ids[:, past_key_values.get_seq_length() :]
+        cache = past_key_values if cache is None else cache
+        if cache is not None and whole:
+            input_ids = input_ids[:, cache.get_seq_length() :]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": use_cache,
             "logits_to_keep": 1,
         }

@@ -24,7 +24,7 @@ def tiny(backbone="llama", recurrence=NONE, **tables):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     options = {**BACKBONES[backbone], **sizes, "max_position_embeddings": CONTEXT}
     model = lattice.build_model({"backbone": options, "recurrence": recurrence, **tables}).double()
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(13)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
