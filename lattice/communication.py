@@ -12,7 +12,7 @@ which matrix products read them, embedding and head in float32; gradients are su
 
 A step of m micro-batches and P passes through the layers gathers each layer once, or once a pass: m·P times
 forward, m·P times backward, and at most as often again as activation checkpointing computes it again (one
-that does so layer by layer finds it gathered); then it also scatters the gradients of each micro-batch.
+that does so layer by layer finds it gathered); then it also sums the gradients of each micro-batch.
 
 Within a node a rank has its `link`. A ring over several nodes crosses each node's edge over all its network
 cards at once: it has the smaller of `link` and the node's network together. A replica's ranks each have their
@@ -98,7 +98,7 @@ def _traffic(
         gathers * precision.weights.itemsize * costs.layer_parameters + times * FLOAT32 * others
     )
     scattered = part * times * FLOAT32 * costs.parameters
-    summed = 2 * (replicas - 1) / replicas * FLOAT32 * costs.parameters / shards
+    summed = times * 2 * (replicas - 1) / replicas * FLOAT32 * costs.parameters / shards
     between = gpu.network if shards * replicas > gpu.node else gpu.link
     seconds = (gathered + scattered) / bandwidth(gpu, shards) + summed / between
     return Traffic(

@@ -21,7 +21,6 @@ from lattice.hf.directory import MODEL_TYPE, RECURRENCE, TABLES
 from lattice.model import LanguageModel
 from lattice.recipe import load_recipe
 
-
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls it: `past_key_values` before 5.24."""
 
