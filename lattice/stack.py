@@ -46,8 +46,15 @@ class Stack:
     """
 
     def __init__(
-        self, decoder: Decoder, mask: Mask, checkpointing: ActivationCheckpoint, tokens: Tokens
+        self,
+        decoder: Decoder,
+        mask: Mask,
+        checkpointing: ActivationCheckpoint,
+        tokens: Tokens,
+        positions: int = 1,
     ) -> None:
+        """`positions`: ids of a token, one for all its slots or one for each."""
+        self._positions = positions
         self._decoder = decoder
         self._mask = mask
         self._checkpointing = checkpointing
@@ -56,7 +63,7 @@ class Stack:
         # Those of a cache go when it goes: the next one may get its place in memory, and so its id.
         self._cached: WeakKeyDictionary[KVCache, dict[tuple[Segment, int], AttentionMask]]
         self._cached = WeakKeyDictionary()
-        self._rotary: dict[int, Rotary] = {}
+        self._rotary: dict[tuple[int, int], Rotary] = {}
 
     @property
     def num_layers(self) -> int:
@@ -116,7 +123,7 @@ class Stack:
         mask = self._attention_mask(segment, cache)
         blocks = self._decoder.blocks[start:stop]
         fixed, slots_BLnD = self._split(slots, len(blocks))
-        rotary = self._rotary_for(stages, slots_BLnD)
+        rotary = self._rotary_for(segment, slots_BLnD)
         caches = [None] * len(blocks) if cache is None else cache.layers(segment, start, stop)
         given = None if fixed is None else fixed.alone(cast("Block", blocks[0]))
 
@@ -159,14 +166,16 @@ class Stack:
             masks[segment, cache.segments] = attention_mask(self._mask, queries, keys, newest=newest)
         return masks[segment, cache.segments]
 
-    def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
-        if stages not in self._rotary:
+    def _rotary_for(self, segment: Segment, like: Tensor) -> Rotary:
+        key = segment.stages, segment.first_stage if self._positions > 1 else 0
+        if key not in self._rotary:
             device = like.device.type
             autocast = device != "meta" and torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
-            position_BS = Slots.interleaved(self._tokens, stages).position_BS
-            self._rotary[stages] = self._decoder.rotary(position_BS, dtype)
-        return self._rotary[stages]
+            slots = Slots.interleaved(self._tokens, *key)
+            position_BS = slots.position_BS * self._positions + slots.stage_S % self._positions
+            self._rotary[key] = self._decoder.rotary(position_BS, dtype)
+        return self._rotary[key]
 
 
 def _stages(part: Tensor | Fixed) -> int:
