@@ -84,11 +84,12 @@ class Outcome:
 
 
 def jobs_of(study: Study, out: Path) -> list[Job]:
-    """In the order in which they are started: an arm with all its seeds, then the next."""
+    """In the order in which they are started: all arms with the first seed, then with the next, so that a sweep
+    that is stopped early has compared something."""
     return [
         Job(arm=arm, seed=seed, folder=out / arm.name / f"seed{seed}")
-        for arm in study.arms
         for seed in study.seeds
+        for arm in study.arms
     ]
 
 
