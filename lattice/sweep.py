@@ -84,8 +84,8 @@ class Outcome:
 
 
 def jobs_of(study: Study, out: Path) -> list[Job]:
-    """In the order in which they are started: all arms with the first seed, then with the next, so that a sweep
-    that is stopped early has compared something."""
+    """In the order in which they are started: all arms with the first seed, then with the next, so that there
+    is something to compare early."""
     return [
         Job(arm=arm, seed=seed, folder=out / arm.name / f"seed{seed}")
         for seed in study.seeds
