@@ -79,7 +79,7 @@ def run_tasks(
     manager = _task_manager(None if include is None else str(include), not set(names) <= local)
     for name in names:
         if name not in manager.all_tasks:
-            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}")
+            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks, 3)}")
     # The seeds of lm-eval are the process's: a training run that evaluates must go on drawing as it did.
     seeds = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
     try:

@@ -252,7 +252,7 @@ def test_tasks_while_training(tasks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "choicez"], "lm-eval has no task 'choicez'; did you mean 'choices'?"),
+        (["--tasks", "choicez"], "lm-eval has no task 'choicez'; did you mean 'choices'"),
         (["--tasks", "choices", "--limit", "0"], "limit = 0: must be at least 1"),
         (["--iterations", "2"], "recurrence 'none' does not iterate"),
         (["--thoughts", "1"], "recurrence 'none' has none"),
