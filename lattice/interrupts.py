@@ -8,8 +8,8 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """A context in which the first SIGINT, SIGTERM or SIGHUP (the terminal is closed) sets `received`; a second
-    SIGINT interrupts at once. SIGHUP stays ignored under nohup."""
+    """A context in which the first SIGINT, SIGTERM or SIGHUP (its terminal is closed) sets `received`; a
+    second SIGINT interrupts at once. SIGHUP stays ignored under nohup."""
 
     received: str | None = None
 

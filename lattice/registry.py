@@ -35,8 +35,8 @@ class UnknownName(ValueError):
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
-    """Ends a sentence: with `; did you mean 'x'?` for the known names closest to `name`, at most so many, else
-    a full stop."""
+    """Ends a sentence: with `; did you mean 'x'?` for the known names closest to `name`, `most` of them, else
+    with a full stop."""
     close = [f"'{one}'" for one in difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)]
     return f"; did you mean {' or '.join(close)}?" if close else "."
 

@@ -1,4 +1,4 @@
-"""A latent thought that keeps what its token is: the hidden state and the token's embedding, halved in variance."""
+"""A latent thought that keeps what its token is: the mean of hidden state and embedding, at the scale of each."""
 
 from __future__ import annotations
 
