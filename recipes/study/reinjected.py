@@ -1,4 +1,4 @@
-"""A latent thought that keeps what its token is: the mean of hidden state and embedding, at the scale of each."""
+"""A latent thought that keeps what its token is: hidden state and embedding added, at the scale of one."""
 
 from __future__ import annotations
 
