@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lattice.compare import Group, Spread
+from lattice.compare import Group, Spread, families_of
 from lattice.run_folder import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -117,7 +117,6 @@ def _curves(
 
 def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callable[[Group], float]) -> bytes:
     with _figure() as (axes, png):
-        families: dict[str, list[tuple[float, float]]] = {}
         for index, group in enumerate(groups):
             loss: Spread = group.of(f"{evaluator}_loss")
             below, above = loss.mean - loss.low, loss.high - loss.mean
@@ -129,10 +128,9 @@ def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callabl
                 label=group.name,
                 **(_style(index) | {"linestyle": "none"}),
             )
-            if group.family is not None:
-                families.setdefault(group.family, []).append((place(group), loss.mean))
-        for points in families.values():
-            axes.plot(*zip(*sorted(points), strict=True), color="0.6", linewidth=1, zorder=0)
+        for family in families_of(groups):
+            points = [(place(group), group.of(f"{evaluator}_loss").mean) for group in family]
+            axes.plot(*zip(*points, strict=True), color="0.6", linewidth=1, zorder=0)
         axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token")
         if all(place(group).is_integer() for group in groups):
             axes.locator_params("x", integer=True)
