@@ -62,7 +62,6 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
                 evaluator,
                 "training FLOPs",
                 lambda group: group.costs.training_operations,
-                log=True,
             ),
         ),
         "loss_by_inference_flops": (
@@ -96,10 +95,8 @@ def _curves(
     evaluator: str,
     label: str,
     scale: Callable[[Group], float],
-    *,
-    log: bool = False,
 ) -> bytes:
-    with _figure() as (axes, png):
+    with _figure(height=5.5) as (axes, png):
         for index, group in enumerate(groups):
             curves = [run.curve(f"{evaluator}/loss") for run in group.runs]
             length = min(len(tokens) for tokens, _ in curves)
@@ -109,9 +106,7 @@ def _curves(
             losses = np.array([losses[:length] for _, losses in curves])
             axes.plot(at, losses.mean(0), label=group.name, **_style(index))
             axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
-        axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token")
-        if log:
-            axes.set_xscale("log")
+        axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token", xscale="log")
     return png.getvalue()
 
 
