@@ -343,7 +343,7 @@ def eval_(
     thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
     iterations: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
     limit: int | None = None,
-    few_shot: int | None = None,
+    few_shot: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
     include: Path | None = None,
     held_out: bool | None = None,
     overlap: int = 0,
@@ -369,7 +369,7 @@ def eval_(
     limit
         Questions of each task, and held-out documents.
     few_shot
-        Solved examples before each question.
+        Numbers of solved examples before each question, such as 0 5; as each task says if not given.
     include
         A folder of local task files, as `lattice prepare-eval` makes.
     held_out
@@ -391,7 +391,7 @@ def eval_(
         tasks=tuple(tasks or ()),
         held_out=not tasks if held_out is None else held_out,
         include=include,
-        few_shot=few_shot,
+        few_shot=tuple(few_shot or ()),
         limit=limit,
         overlap=overlap,
         batch=batch,

@@ -89,11 +89,6 @@ class Group:
     def thoughts(self) -> int | None:
         return thoughts_of(self.recipe)
 
-    @property
-    def family(self) -> str | None:
-        """Equal for arms that differ in their number of thoughts alone."""
-        return family(self.recipe)
-
     def of(self, key: str) -> Spread:
         """A figure of the summaries."""
         return Spread.of([run.summary[key] for run in self.runs])
@@ -169,6 +164,23 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     return [
         Group(name if names.count(name) == 1 else str(of[0].folder), tuple(of))
         for name, of in zip(names, members.values(), strict=True)
+    ]
+
+
+def families_of(groups: Iterable[Group]) -> list[list[Group]]:
+    """Arms that differ in their number of thoughts alone, by that number. One without thoughts begins every
+    family that is trained as it is: how it would think changes nothing."""
+    members: dict[tuple[str, str], list[Group]] = {}
+    plain: dict[str, Group] = {}
+    for group in groups:
+        key = family(group.recipe)
+        if key is not None and group.thoughts == 0:
+            plain[key[0]] = group
+        elif key is not None:
+            members.setdefault(key, []).append(group)
+    return [
+        sorted([*([plain[trained]] if trained in plain else []), *of], key=lambda group: group.thoughts or 0)
+        for (trained, _), of in members.items()
     ]
 
 

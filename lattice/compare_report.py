@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lattice import __version__, atomic, pictures
-from lattice.compare import Group, Run, Spread, check_comparable, evaluators_of, groups_of
+from lattice.compare import LOSS, Group, Run, Spread, check_comparable, evaluators_of, groups_of
 from lattice.console import say, table
 from lattice.recipe import Recipe
 from lattice.run_folder import leaves
@@ -48,26 +48,27 @@ def _tables(groups: Sequence[Group], evaluators: Sequence[str]) -> dict[str, lis
     """What was reached and what it cost: by title, the names of the columns and a row for each arm."""
     byte_key = f"{evaluators[0]}_bits_per_byte"
     with_bytes = all(byte_key in run.summary for group in groups for run in group.runs)
-    losses = [["arm", "seeds", *evaluators, *(["bits/byte"] if with_bytes else [])]]
-    costs = [["arm", "params", "in layers", "tokens", "train PFLOP", "infer MFLOP", "tok/s", "MiB"]]
+    evaluated = [*evaluators, *(["bits/byte"] if with_bytes else [])]
+    losses = [["arm", "seeds", "tokens, M", "PFLOP", *evaluated]]
+    costs = [["arm", "params, M", "in layers", "train MFLOP", "infer MFLOP", "tok/s", "MiB"]]
     for group in groups:
-        reached = [_spread(group.of(f"{name}_loss")) for name in evaluators]
-        reached += [f"{group.of(byte_key).mean:.4f}"] if with_bytes else []
-        losses.append([group.name, str(len(group.runs)), *reached])
         ledger = group.costs
+        reached = [_spread(group.of(f"{name}{LOSS}")) for name in evaluators]
+        reached += [f"{group.of(byte_key).mean:.4f}"] if with_bytes else []
+        spent = [f"{group.tokens / 1e6:.3g}", f"{group.training_operations / 1e15:.3g}"]
+        losses.append([group.name, str(len(group.runs)), *spent, *reached])
         costs.append(
             [
                 group.name,
-                f"{ledger.parameters / 1e6:,.2f} M",
-                f"{ledger.layer_parameters / 1e6:,.2f} M",
-                f"{group.tokens / 1e6:,.1f} M",
-                f"{group.training_operations / 1e15:,.3g}",
+                f"{ledger.parameters / 1e6:,.2f}",
+                f"{ledger.layer_parameters / 1e6:,.2f}",
+                f"{ledger.training_operations / 1e6:,.3g}",
                 f"{ledger.inference_operations / 1e6:,.3g}",
                 f"{group.tokens_per_second.mean:,.0f}",
                 f"{group.of('peak_memory_mib').mean:,.0f}",
             ]
         )
-    return {"loss, nats a token": losses, "cost": costs}
+    return {"loss, nats a token, and what training took": losses, "cost, FLOPs a token": costs}
 
 
 def _spread(value: Spread) -> str:

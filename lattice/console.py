@@ -17,6 +17,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+WIDE = 120
+"""Columns of a table that is not on a terminal, at most."""
+
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -89,4 +92,6 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         shown.add_column(column, overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    console.print(shown, markup=False)
+    # A file or a pipe has no width: there a table is as wide as it needs.
+    target = console if console.is_terminal else Console(file=console.file, width=WIDE, highlight=False)
+    target.print(shown, markup=False)

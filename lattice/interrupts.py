@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that the loop answers between two steps."""
+"""SIGINT, SIGTERM and SIGHUP as a request that the loop answers between two steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM sets `received`; a second SIGINT interrupts at once."""
+    """A context in which the first SIGINT, SIGTERM or SIGHUP (its terminal is closed) sets `received`; a
+    second SIGINT interrupts at once. SIGHUP stays ignored under nohup."""
 
     received: str | None = None
 
@@ -21,7 +22,8 @@ class StopRequest:
         # Python allows handlers in the main thread alone; elsewhere signals keep their meaning.
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+            for number in (signal.SIGINT, signal.SIGTERM, *hangup):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

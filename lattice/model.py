@@ -159,7 +159,10 @@ class LanguageModel(nn.Module):
         return stack.logits(self.unroll.step(stack, ids_B1, cache)[:, -1])
 
     def _stack(self, tokens: Tokens) -> Stack:
-        return Stack(self.decoder, self.mask, self.checkpointing, tokens, self.split)
+        positions = self.recurrence.positions
+        return Stack(
+            self.decoder, self.mask, self.checkpointing, tokens, positions=positions, split=self.split
+        )
 
     def _check_length(self, length: int) -> None:
         if length > self.shape.context:

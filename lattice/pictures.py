@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lattice.compare import Group, Spread
+from lattice.compare import Group, Spread, families_of
 from lattice.run_folder import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ def pyplot() -> Any:
 
 
 @contextmanager
-def _figure(width: float = 7.5, height: float = 4.5) -> Iterator[tuple[Axes, io.BytesIO]]:
+def _figure(width: float = 8.5, height: float = 4.5) -> Iterator[tuple[Axes, io.BytesIO]]:
     """Axes to draw on, and where the PNG will be."""
     plt, png = pyplot(), io.BytesIO()
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.grid(alpha=0.3)
     yield axes, png
+    _name(axes)
     figure.savefig(png, dpi=130, format="png")
     plt.close(figure)
 
@@ -61,7 +62,6 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
                 evaluator,
                 "training FLOPs",
                 lambda group: group.costs.training_operations,
-                log=True,
             ),
         ),
         "loss_by_inference_flops": (
@@ -69,8 +69,8 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
             _against(
                 groups,
                 evaluator,
-                "inference FLOPs a token",
-                lambda group: group.costs.inference_operations,
+                "inference MFLOPs a token",
+                lambda group: group.costs.inference_operations / 1e6,
             ),
         ),
     }
@@ -95,10 +95,8 @@ def _curves(
     evaluator: str,
     label: str,
     scale: Callable[[Group], float],
-    *,
-    log: bool = False,
 ) -> bytes:
-    with _figure() as (axes, png):
+    with _figure(height=5.5) as (axes, png):
         for index, group in enumerate(groups):
             curves = [run.curve(f"{evaluator}/loss") for run in group.runs]
             length = min(len(tokens) for tokens, _ in curves)
@@ -106,18 +104,14 @@ def _curves(
                 continue
             at = np.array(curves[0][0][:length]) * scale(group)
             losses = np.array([losses[:length] for _, losses in curves])
-            axes.plot(at, losses.mean(0), label=group.name, marker=".", **_style(index))
+            axes.plot(at, losses.mean(0), label=group.name, **_style(index))
             axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
-        axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token")
-        if log:
-            axes.set_xscale("log")
-        axes.legend(fontsize=8)
+        axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token", xscale="log")
     return png.getvalue()
 
 
 def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callable[[Group], float]) -> bytes:
     with _figure() as (axes, png):
-        families: dict[str, list[tuple[float, float]]] = {}
         for index, group in enumerate(groups):
             loss: Spread = group.of(f"{evaluator}_loss")
             below, above = loss.mean - loss.low, loss.high - loss.mean
@@ -125,17 +119,16 @@ def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callabl
                 place(group),
                 loss.mean,
                 [[below], [above]],
-                marker="o",
                 capsize=3,
                 label=group.name,
                 **(_style(index) | {"linestyle": "none"}),
             )
-            if group.family is not None:
-                families.setdefault(group.family, []).append((place(group), loss.mean))
-        for points in families.values():
-            axes.plot(*zip(*sorted(points), strict=True), color="0.6", linewidth=1, zorder=0)
+        for family in families_of(groups):
+            points = [(place(group), group.of(f"{evaluator}_loss").mean) for group in family]
+            axes.plot(*zip(*points, strict=True), color="0.6", linewidth=1, zorder=0)
         axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token")
-        axes.legend(fontsize=8)
+        if all(place(group).is_integer() for group in groups):
+            axes.locator_params("x", integer=True)
     return png.getvalue()
 
 
@@ -151,16 +144,26 @@ def _residuals(groups: Sequence[Group]) -> bytes:
             longest = max(map(len, rows), default=0)
             means = [np.mean([row[at] for row in rows if len(row) > at]) for at in range(longest)]
             if means:
-                axes.plot(range(1, longest + 1), means, marker="o", label=group.name, **_style(index))
-                axes.set_xticks(range(1, max(longest, len(axes.get_xticks())) + 1))
+                axes.plot(range(1, longest + 1), means, label=group.name, **_style(index))
         axes.set(xlabel="iteration", ylabel="relative change of the thoughts", yscale="log")
-        axes.legend(fontsize=8)
+        axes.locator_params("x", integer=True)
     return png.getvalue()
 
 
-def _style(index: int) -> dict[str, Any]:
-    """Ten colours, then the same ones dashed."""
-    return {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
+def _style(index: int, *, marked: bool = True) -> dict[str, Any]:
+    """Ten colours, then the same ones dashed; eight markers."""
+    return {
+        "color": f"C{index % 10}",
+        "linestyle": "-" if index < 10 else "--",
+        "marker": "osD^vPX*"[index % 8] if marked else "",
+        "markersize": 5,
+    }
+
+
+def _name(axes: Axes) -> None:
+    """A legend beside the axes, where it hides nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
@@ -174,18 +177,19 @@ def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
             raise ValueError(f"no run has the metric '{key}'. Known: {', '.join(sorted(known))}")
     plt, png = pyplot(), io.BytesIO()
     figure, panels = plt.subplots(
-        len(wanted), 1, figsize=(7.5, 3.2 * len(wanted)), layout="constrained", squeeze=False
+        len(wanted), 1, figsize=(8.5, 3.2 * len(wanted)), layout="constrained", squeeze=False
     )
     for key, axes in zip(wanted, panels[:, 0], strict=True):
         for index, (folder, lines) in enumerate(rows.items()):
             points = [(row["tokens"], row[key]) for row in lines if key in row]
             if points:
                 tokens, values = zip(*points, strict=True)
-                smooth = _smoothed(np.array(values)) if "/" not in key else np.array(values)
-                axes.plot(tokens, smooth, label=str(folder), **_style(index))
+                seldom = "/" in key  # an evaluator's, not each step's
+                shown = np.array(values) if seldom else _smoothed(np.array(values))
+                axes.plot(tokens, shown, label=str(folder), **_style(index, marked=seldom))
         axes.set(xlabel="training tokens", ylabel=key)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        _name(axes)
     figure.savefig(png, dpi=130, format="png")
     plt.close(figure)
     return png.getvalue()

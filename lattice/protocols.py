@@ -110,6 +110,11 @@ class Recurrence(Protocol):
         return 1
 
     @property
+    def positions(self) -> int:
+        """Position ids of a token: 1, which all its slots share, or as many as it has slots."""
+        return 1
+
+    @property
     def parallel_is_exact(self) -> bool:
         """Whether the parallel evaluation is the definition itself, so that prefill may use it."""
         return True

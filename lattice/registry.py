@@ -34,10 +34,11 @@ class UnknownName(ValueError):
     """A role or kind that does not exist; the message lists what does."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Ends a sentence: with `; did you mean 'x'?` for the known name closest to `name`, else a full stop."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else "."
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """Ends a sentence: with `; did you mean 'x'?` for the known names closest to `name`, `most` of them, else
+    with a full stop."""
+    close = [f"'{one}'" for one in difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)]
+    return f"; did you mean {' or '.join(close)}?" if close else "."
 
 
 def register(role: str, kind: str) -> Callable[[C], C]:

@@ -53,8 +53,12 @@ class Stack:
         mask: Mask,
         checkpointing: ActivationCheckpoint,
         tokens: Tokens,
+        *,
+        positions: int = 1,
         split: Split | None = None,
     ) -> None:
+        """`positions`: ids of a token, one for all its slots or one for each."""
+        self._positions = positions
         self._decoder = decoder
         self._mask = mask
         self._checkpointing = checkpointing
@@ -65,7 +69,7 @@ class Stack:
         # Those of a cache go when it goes: the next one may get its place in memory, and so its id.
         self._cached: WeakKeyDictionary[KVCache, dict[tuple[Segment, int], AttentionMask]]
         self._cached = WeakKeyDictionary()
-        self._rotary: dict[int, Rotary] = {}
+        self._rotary: dict[tuple[int, int], Rotary] = {}
         self.passes = 0
         """How often `run` was called."""
 
@@ -136,7 +140,7 @@ class Stack:
         mask = self._attention_mask(segment, cache)
         blocks = self._decoder.blocks[start:stop]
         fixed, slots_BLnD = self._fixed_and_others(slots, len(blocks))
-        rotary = self._rotary_for(stages, slots_BLnD)
+        rotary = self._rotary_for(segment, slots_BLnD)
         caches = self._layers(len(blocks), segment, cache, start, stop)
         given = None if fixed is None else fixed.alone(cast("Block", blocks[0]))
 
@@ -197,11 +201,13 @@ class Stack:
             layers = cache.layers(segment, start, stop)
         return layers if self._split is None else [self._split.of_all(layer) for layer in layers]
 
-    def _rotary_for(self, stages: int, like: Tensor) -> Rotary:
-        if stages not in self._rotary:
-            position_BS = Slots.interleaved(self._tokens, stages).position_BS
-            self._rotary[stages] = self._decoder.rotary(position_BS, product_dtype(like))
-        return self._rotary[stages]
+    def _rotary_for(self, segment: Segment, like: Tensor) -> Rotary:
+        key = segment.stages, segment.first_stage if self._positions > 1 else 0
+        if key not in self._rotary:
+            slots = Slots.interleaved(self._tokens, *key)
+            position_BS = slots.position_BS * self._positions + slots.stage_S % self._positions
+            self._rotary[key] = self._decoder.rotary(position_BS, product_dtype(like))
+        return self._rotary[key]
 
 
 def _stages(part: Tensor | Fixed) -> int:

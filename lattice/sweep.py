@@ -27,6 +27,8 @@ from lattice.run_folder import METRICS, SUMMARY, RunExists, check_same, locked
 from lattice.study import Arm, Study
 
 POLL_SECONDS = 0.5
+TAIL = 8192
+"""Bytes at the end of metrics.jsonl that hold the last steps."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +65,9 @@ class Job:
     def progress(self) -> tuple[int, float | None]:
         """Steps done and the last training loss."""
         try:
-            lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+            with (self.folder / METRICS).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                lines = file.read().splitlines()
             rows = [json.loads(line) for line in lines[-3:]]
         except (OSError, ValueError):  # not there yet, or a line is being written
             return 0, None
@@ -84,11 +88,12 @@ class Outcome:
 
 
 def jobs_of(study: Study, out: Path) -> list[Job]:
-    """In the order in which they are started: an arm with all its seeds, then the next."""
+    """In the order in which they are started: all arms with the first seed, then with the next, so that there
+    is something to compare early."""
     return [
         Job(arm=arm, seed=seed, folder=out / arm.name / f"seed{seed}")
-        for arm in study.arms
         for seed in study.seeds
+        for arm in study.arms
     ]
 
 

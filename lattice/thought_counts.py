@@ -11,6 +11,8 @@ from lattice.recipe import Recipe, load_recipe
 
 MOST = 64
 """Counts that are tried to find a recipe's own."""
+NO_TRAINING = ("seed", "log_every", "device", "evaluators", "metrics", "checkpoint", "imports")
+"""What two recipes may have otherwise and be the same training but for chance."""
 
 
 def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
@@ -56,11 +58,15 @@ def thoughts_of(recipe: Recipe) -> int | None:
     return None
 
 
-def family(recipe: Recipe) -> str | None:
-    """Equal for recipes that differ in their number of thoughts alone; None without such a count."""
+def family(recipe: Recipe) -> tuple[str, str] | None:
+    """What recipes that differ in their number of thoughts alone have in common: all of the training and the
+    recurrence's kind; and how they think, which says nothing where they do not. None without such a count."""
     recurrence: Recurrence = recipe.component("recurrence")
     try:
-        table = to_table(recurrence.with_thoughts(0))
+        thinking = to_table(recurrence.with_thoughts(0))
     except ValueError:
         return None
-    return json.dumps({"backbone": recipe.table()["backbone"], "recurrence": table}, sort_keys=True)
+    table = {name: value for name, value in recipe.table().items() if name not in NO_TRAINING}
+    table["run"] = {name: value for name, value in table["run"].items() if name not in NO_TRAINING}
+    table["recurrence"] = thinking["kind"]
+    return json.dumps(table, sort_keys=True), json.dumps(thinking, sort_keys=True)

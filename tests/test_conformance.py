@@ -21,7 +21,7 @@ TABLES = [
     {"kind": "latent_thoughts", "thoughts": 0},
     {"kind": "latent_thoughts", "thoughts": 2},
     {"kind": "latent_thoughts", "thoughts": 1, "feedback": "softmax", "top_k": 4, "grad_passes": 2},
-    {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
+    {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel", "position_ids": "fresh"},
     {"kind": "latent_thoughts", "thoughts": 1, "tolerance": 1e-4, "jacobi": {"eval": 12}},
 ]
 BROKEN = {

@@ -57,6 +57,8 @@ class LatentThoughts(Recurrence):
     """Stop, at evaluation and prefill, when the thoughts change by less, relatively; `eval` is the limit."""
     grad_passes: int | None = None
     """Gradients flow through the last n passes (sweeps) alone; through all if not given."""
+    position_ids: Literal["shared", "fresh"] = "shared"
+    """All slots of a token share its position, as in the paper, or each has its own."""
     embed_scale: float | None = None
     """Multiplier of the token embeddings; if not given sqrt(2.5 D), which makes their scale that of the
     normalised thoughts, and sqrt(D) with softmax feedback."""
@@ -79,6 +81,10 @@ class LatentThoughts(Recurrence):
     @property
     def slots(self) -> int:
         return self.thoughts + 1
+
+    @property
+    def positions(self) -> int:
+        return self.slots if self.position_ids == "fresh" else 1
 
     @property
     def parallel_is_exact(self) -> bool:

@@ -163,10 +163,23 @@ def test_eval_shows_and_keeps_what_it_found(runs, tasks, tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["thoughts"] for row in rows] == [0, 2]
     assert all(0 <= row["acc"] <= 1 and "acc_stderr" in row and row["step"] == 4 for row in rows)
+    assert all((row["few_shot"], row["questions"]) == (0, 3) for row in rows)
     items = [json.loads(line) for line in (samples / "choices_thoughts2.jsonl").read_text().splitlines()]
     assert len(items) == 3
     assert items[0]["doc"] == QUESTIONS[0]
-    assert list((runs["thinking"] / "evaluation" / "thoughts2" / "tensorboard").iterdir())
+
+
+def test_tensorboard_keeps_what_earlier_evaluations_found(runs, tasks, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    shutil.copytree(runs["plain"], folder)
+    shots = ["--few-shot", 0, 1]
+    assert command("eval", folder, "--tasks", "choices", "--include", tasks, "--limit", 2, *shots) == 0
+    assert command("eval", folder, "--limit", 1) == 0
+    board = EventAccumulator(str(folder / "evaluation/as_trained/tensorboard"))
+    board.Reload()
+    assert {"choices/0shot/acc", "choices/1shot/acc", "documents/loss"} <= set(board.Tags()["scalars"])
 
 
 def test_held_out_text_at_other_counts(runs, tmp_path):
@@ -227,10 +240,11 @@ def test_held_out_documents_are_those_of_the_text(runs):
 
 
 def test_tasks_while_training(tasks, tmp_path):
-    choices = {"kind": "lm_eval", "tasks": ["choices"], "include": str(tasks), "every": 2, "limit": 2}
-    folder = train(tmp_path / "run", evaluators={"downstream": choices})
+    choices = {"kind": "lm_eval", "tasks": "choices", "include": str(tasks), "every": 2, "limit": 2}
+    folder = train(tmp_path / "run", evaluators={"downstream": {**choices, "few_shot": [0, 1]}})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "downstream/choices/acc" in row] == [2, 4]
+    for shots in (0, 1):
+        assert [row["step"] for row in rows if f"downstream/choices/{shots}shot/acc" in row] == [2, 4]
     quiet = train(tmp_path / "quiet")
     assert training_losses(folder) == training_losses(quiet)  # evaluating leaves the training alone
 
@@ -238,7 +252,7 @@ def test_tasks_while_training(tasks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "choicez"], "lm-eval has no task 'choicez'; did you mean 'choices'?"),
+        (["--tasks", "choicez"], "lm-eval has no task 'choicez'; did you mean 'choices'"),
         (["--tasks", "choices", "--limit", "0"], "limit = 0: must be at least 1"),
         (["--iterations", "2"], "recurrence 'none' does not iterate"),
         (["--thoughts", "1"], "recurrence 'none' has none"),
@@ -247,7 +261,6 @@ def test_tasks_while_training(tasks, tmp_path):
 )
 def test_what_cannot_be_evaluated(runs, tasks, capsys, arguments, message):
     include = ["--include", str(tasks)] if "--tasks" in arguments else []
-    # lm-eval's own index is not read: the check is of names alone
     assert command("eval", runs["plain"], *arguments, *include) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
@@ -277,16 +290,22 @@ def test_on_the_command_line_of_lm_eval(runs, tasks, monkeypatch, capsys):
 
 
 def test_data_that_cannot_be_reached(runs, tasks, monkeypatch):
+    """What to type is said, with the names of those tasks that can be had otherwise."""
+
     def refuse(*_, **__):
         raise ConnectionError("Couldn't reach 'x' on the Hub")
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", refuse)
-    with pytest.raises(ValueError, match=r"the data of choices cannot be had(.|\n)*prepare-eval"):
-        harness.run_tasks(load_subject(runs["plain"], device="cpu"), ["choices"], include=tasks)
+    subject = load_subject(runs["plain"], device="cpu")
+    with pytest.raises(ValueError, match=r"the data of choices cannot be had(.|\n)*none of these"):
+        harness.run_tasks(subject, ["choices"], include=tasks)
+    said = harness._missing(harness.PAPER, {"piqa"}, ConnectionError())
+    assert "the data of lambada_openai, lambada_standard, winogrande," in said
+    assert "`--tasks lambada_openai piqa winogrande arc_easy arc_challenge sciq hellaswag --include" in said
 
 
 def test_paper_tasks_are_nine():
-    assert len(harness.expand(["paper", "piqa"])) == 9
+    assert len(harness.expand("paper")) == len(harness.expand(["paper", "piqa"])) == 9
 
 
 def package(path, requests):

@@ -12,7 +12,7 @@ import time
 import pytest
 import tomli_w
 
-from lattice.compare import check_comparable, find_runs, groups_of
+from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
 from lattice.ledger import ledger
 from lattice.recipe import RecipeError, load_recipe
 from lattice.study import QUANTITIES, read_study
@@ -178,7 +178,8 @@ def test_an_interrupted_sweep_loses_nothing(tmp_path):
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 20):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
+    os.kill(process.pid, signal.SIGTERM if ignored else signal.SIGHUP)  # its terminal is closed
     assert process.wait(60) == 130
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps[-1] < 400
@@ -219,6 +220,28 @@ def test_runs_are_one_arm_if_only_their_seed_differs(tmp_path):
     ]
     assert (spread.low, spread.high) == (min(losses), max(losses))
     assert spread.mean == pytest.approx(sum(losses) / 2)
+
+
+def test_a_family_differs_in_its_thoughts_alone(tmp_path):
+    def thinking(count, **options):
+        return load_recipe(
+            {**RECIPE, "recurrence": {"kind": "latent_thoughts", "thoughts": count, **options}}
+        )
+
+    sweeps = {"solver": "gauss_seidel"}
+    longer = {"run": {**RECIPE["run"], "steps": 8}}
+    recipes = {
+        "sweeps_2": thinking(2, **sweeps),
+        "plain": thinking(0),
+        "plain_longer": load_recipe({**thinking(0).table(), **longer}),
+        "jacobi_1": thinking(1),
+        "sweeps_1": thinking(1, **sweeps),
+        "none": load_recipe({**RECIPE, "recurrence": {"kind": "none"}}),
+        "depth": load_recipe({**RECIPE, "recurrence": {"kind": "depth"}}),
+    }
+    groups = [Group(name, (Run(tmp_path, recipe, {}),)) for name, recipe in recipes.items()]
+    found = [[group.name for group in family] for family in families_of(groups)]
+    assert found == [["plain", "sweeps_1", "sweeps_2"], ["plain", "jacobi_1"]]
 
 
 def test_a_run_that_is_not_finished_is_left_out(tmp_path, capsys):

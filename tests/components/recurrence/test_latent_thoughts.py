@@ -14,6 +14,8 @@ from lattice.cache import KVCache
 from lattice.components.recurrence.latent_thoughts import Jacobi, LatentThoughts
 from lattice.draws import Draw
 from lattice.protocols import Shape
+from lattice.slots import Tokens
+from lattice.stack import Stack
 from lattice.testing.counted import slots_of
 
 VOCABULARY = 29
@@ -183,6 +185,22 @@ def test_no_thoughts_are_the_plain_model(backbone):
         assert output.telemetry == {}
     assert empty.recurrence.token_passes(SHAPE, training=True) == 1
     assert empty.recurrence.parallel_is_exact
+
+
+@both_backbones
+def test_fresh_positions_are_those_of_the_slots(backbone):
+    """Sequential decoding is then that of a plain model whose inputs are the slots, one after the other."""
+    model = tiny(backbone, thinking(2, 1, position_ids="fresh"))
+    ids = some_ids(2, 5)
+    cache, plain = model.cache(), KVCache(model.shape.num_layers)
+    decoder, scale = model.decoder, model.unroll.scale
+    for at in range(ids.shape[1]):
+        logits = model.step(ids[:, at : at + 1], cache)
+        slot_B11D = (decoder.embedding(ids[:, at : at + 1]) * scale).unsqueeze(2)
+        for slot in range(3 * at, 3 * at + 3):
+            tokens = Tokens.of(ids[:, :1], first=slot)
+            slot_B11D = Stack(decoder, model.mask, model.checkpointing, tokens).run(slot_B11D, cache=plain)
+        torch.testing.assert_close(logits, decoder.head(slot_B11D[:, 0, 0]))
 
 
 def test_default_scale():
