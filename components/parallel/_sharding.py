@@ -59,6 +59,23 @@ class Resharding(Parallel):
         return replace(alone, optimizer=alone.optimizer // shards, **parts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Neighbours(Resharding):
+    """Neighbouring ranks work on the same sequences together."""
+
+    degree: int
+    """How many."""
+
+    def __post_init__(self) -> None:
+        if self.degree < 1:
+            raise ValueError(f"degree = {self.degree}: must be at least 1")
+
+    def together(self, size: int) -> int:
+        if size % self.degree:
+            raise ValueError(f"degree = {self.degree}: must divide the {size} ranks")
+        return self.degree
+
+
 def shard_matrices(model: LanguageModel, mesh: DeviceMesh, site: Site, *, once: bool) -> None:
     """`mesh` has a dimension of shards, and before it one of replicas if there are any."""
     # A layer's outputs are views, which FSDP2 warns not to write in place; nobody does.

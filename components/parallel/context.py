@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch.distributed.device_mesh import init_device_mesh
 
-from lattice.components.parallel._sharding import Resharding, Sharded, shard_matrices
+from lattice.components.parallel._sharding import Neighbours, Sharded, shard_matrices
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
 from lattice.protocols import Shape
@@ -20,21 +20,10 @@ from lattice.spread import Site, Spread
 
 @register("parallel", "context")
 @dataclass(frozen=True, kw_only=True)
-class ContextParallel(Resharding):
-    """Neighbouring ranks share a sequence, each has some of its tokens with their thoughts; weights are
-    sharded over all ranks (FSDP2)."""
+class ContextParallel(Neighbours):
+    """Sequences divided among neighbouring ranks, weights (FSDP2) among all.
 
-    degree: int
-    """Neighbouring ranks that share a sequence."""
-
-    def __post_init__(self) -> None:
-        if self.degree < 1:
-            raise ValueError(f"degree = {self.degree}: must be at least 1")
-
-    def together(self, size: int) -> int:
-        if size % self.degree:
-            raise ValueError(f"degree = {self.degree}: must divide the {size} ranks")
-        return self.degree
+    A rank has some tokens of a sequence with all their thoughts."""
 
     def problems(self, shape: Shape, length: int, size: int) -> list[str]:
         if length % self.degree == 0:

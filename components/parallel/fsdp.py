@@ -16,7 +16,7 @@ from lattice.spread import Site, Spread
 @register("parallel", "fsdp")
 @dataclass(frozen=True, kw_only=True)
 class FSDP(Resharding):
-    """Sharded over all ranks, or over groups of them that each hold one replica (HSDP).
+    """Weights sharded over all ranks, or over groups that each hold one replica (HSDP).
 
     Gradients are reduced in float32; weights are gathered in the format in which `precision` computes.
     """

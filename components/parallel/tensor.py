@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from lattice.components.parallel._sharding import Resharding, Sharded, shard_matrices
+from lattice.components.parallel._sharding import Neighbours, Sharded, shard_matrices
 from lattice.memory import StepMemory
 from lattice.model import LanguageModel
 from lattice.protocols import Shape
@@ -23,25 +23,12 @@ from lattice.spread import Site, Spread
 
 @register("parallel", "tensor")
 @dataclass(frozen=True, kw_only=True)
-class TensorParallel(Resharding):
-    """Heads and the inner width of the layers divided among neighbouring ranks; among the others the batch is
-    divided, and the weights are sharded.
+class TensorParallel(Neighbours):
+    """Layers divided among neighbouring ranks, batch and weights (FSDP2) among the others.
 
-    Embedding, norms and head are not divided. A pass sums two activations a layer over the neighbours: they
-    should be on one host.
+    What is divided are heads and inner width, not embedding, norms and head. A pass sums two activations a
+    layer over the neighbours: they should be on one host.
     """
-
-    degree: int
-    """Neighbouring ranks that share a layer."""
-
-    def __post_init__(self) -> None:
-        if self.degree < 1:
-            raise ValueError(f"degree = {self.degree}: must be at least 1")
-
-    def together(self, size: int) -> int:
-        if size % self.degree:
-            raise ValueError(f"degree = {self.degree}: must divide the {size} ranks")
-        return self.degree
 
     def problems(self, shape: Shape, length: int, size: int) -> list[str]:
         if shape.splits % self.degree == 0:

@@ -58,6 +58,8 @@ def cases_of_two():
         jacobi = {"train": [count, count], "eval": 1}
         table = {"kind": "latent_thoughts", "thoughts": 1, "jacobi": jacobi}
         cases[f"count_{count}"] = recipe_of(run={"steps": 2}, recurrence=table, parallel=STEP)
+    float8 = {"kind": "float8", "emulate": True, "min_features": 16}
+    cases["float8"] = recipe_of(run={"steps": 3}, precision=float8, parallel=STEP)
     cases["bf16"] = recipe_of(precision={"kind": "bf16"}, parallel=PASS)
     return cases
 
