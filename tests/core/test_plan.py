@@ -76,7 +76,8 @@ def test_float8_is_predicted_without_its_hardware():
 
 
 def test_what_is_recomputed_saves_memory():
-    """In the order of the method: everything kept, products alone, inputs of layers, inputs of passes."""
+    """In the order of the method: everything kept, inputs of layers, inputs of passes. `selective` keeps the
+    results of products, which is more than what backbones that compute cheap values again keep anyway."""
     recipe = recipe_of(run={"batch_tokens": 256, "sequence_tokens": 64})
     sizes = {
         name: step_memory(
@@ -84,12 +85,12 @@ def test_what_is_recomputed_saves_memory():
         ).activations
         for name, table in CHECKPOINTING.items()
     }
-    assert sizes["none"] > sizes["selective"] > sizes["block"] > sizes["pass, blocks"]
+    assert sizes["none"] > sizes["block"] > sizes["pass, blocks"]
     assert sizes["selective"] > sizes["pass"] > sizes["pass, blocks"]
 
 
 def test_plan_by_hand():
-    target = Target(gpu=GPU(10 * 2**20, 1e12, "toy", 1e9, 1e9), gpus=2, utilization=0.5, reserve=0.0)
+    target = Target(gpu=GPU(7 * 2**20, 1e12, "toy", 1e9, 1e9), gpus=2, utilization=0.5, reserve=0.0)
     recipe = recipe_of()
     settings = list(plan(recipe, [0, 1], target))
     asked = [(count, kind) for count in (0, 1) for kind in CHECKPOINTING]
@@ -103,7 +104,7 @@ def test_plan_by_hand():
         assert one.tokens_per_second == pytest.approx(2 * 0.5e12 / done)
         assert one.gpu_hours == pytest.approx(2 * 2560 / one.tokens_per_second / 3600)
         assert one.days == pytest.approx(one.gpu_hours / 48)
-        assert one.fits == (one.memory.total <= 10 * 2**20)
+        assert one.fits == (one.memory.total <= 7 * 2**20)
         assert one.micro_batch == 4
         weights = 4 * costs.parameters
         assert one.memory.parameters == weights + weights // 2
