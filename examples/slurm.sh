@@ -24,6 +24,7 @@ shift
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # a new store for processes that are started again
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240     # seconds in which ranks may save before torchrun kills them
 
 signalled=""

@@ -12,6 +12,7 @@ recipe=${2:?usage: NODES=2 $0 FIRST_NODE RECIPE [arguments of lattice run]}
 shift 2
 
 export OMP_NUM_THREADS=1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # a new store for processes that are started again
 exec torchrun \
     --nnodes "${NODES:-2}" \
     --nproc-per-node "${GPUS_PER_NODE:-8}" \

@@ -121,8 +121,11 @@ def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]
         torch.cuda.set_device(device)
     limit = timedelta(seconds=2 * timeout)
     store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=limit))
-    # torchrun keeps its store when it starts the processes again: the addresses there are of those that died.
-    store = dist.PrefixStore(f"attempt {world.launch.attempt}", store)  # type: ignore[attr-defined]
+    if world.launch.local_size == world.size:
+        # torchrun keeps its store when it starts the processes again: the addresses there are of those that
+        # died. Several hosts count their attempts each for itself, so that these have no prefix in common:
+        # there torchrun must make a new store each time (docs/scaling.md).
+        store = dist.PrefixStore(f"attempt {world.launch.attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield
