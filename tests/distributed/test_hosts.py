@@ -54,7 +54,7 @@ def start(host, number, recipe, run, log):
     command = [
         *torchrun,
         *meeting,
-        "--max-restarts=3",
+        "--max-restarts=6",
         "-m",
         "lattice",
         "run",
