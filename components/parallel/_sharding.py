@@ -46,17 +46,20 @@ class Resharding(Parallel):
 
     def once(self, site: Site) -> bool:
         """Whether weights are gathered once a step."""
-        return self.reshard == "step" or (self.reshard == "auto" and bool(site.gathered_fits))
+        return self._once(bool(site.gathered_fits))
 
     def sharded_memory(self, alone: StepMemory, shards: int, *, gathered: bool) -> StepMemory:
         """A rank's shards, and beside them all weights and gradients of a step; those of a layer, where more
         are not there, are left out."""
-        beside = self.reshard == "step" or (self.reshard == "auto" and gathered)
+        beside = self._once(gathered)
         parts = {
             name: getattr(alone, name) // shards + (getattr(alone, name) if beside and shards > 1 else 0)
             for name in ("parameters", "gradients")
         }
         return replace(alone, optimizer=alone.optimizer // shards, **parts)
+
+    def _once(self, fits: bool) -> bool:
+        return self.reshard == "step" or (self.reshard == "auto" and fits)
 
 
 @dataclass(frozen=True, kw_only=True)
