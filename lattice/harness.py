@@ -98,16 +98,16 @@ def run_tasks(
             raise
         raise ValueError(_missing(names, local, error)) from error
     # lm-eval itself gives them on the first process alone.
-    return subject.world.from_first(
-        lambda: Results(
-            figures={
+    shared = subject.world.from_first(
+        lambda: {
+            "figures": {
                 task: _figures(row) | _questions(found["n-samples"].get(task))
                 for task, row in found["results"].items()
             },
-            few_shot=dict(found["n-shot"]),
-            samples=found.get("samples", {}) if samples else {},
-        )
+            "few_shot": dict(found["n-shot"]),
+        }
     )
+    return Results(**shared, samples=found.get("samples", {}) if found and samples else {})
 
 
 @functools.cache

@@ -118,12 +118,12 @@ class LatticeLM(TemplateLM):
                     mine[index] = self._score(hidden_LD[: len(row)], scored)
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, mine[index])
-        return self._of_all(answers, mine)
+        return [(score, greedy) for score, greedy in self._of_all(answers, mine)]
 
     def _of_all(self, answers: list[T], mine: dict[int, T]) -> list[T]:
         """With several ranks each answers its share, and all get all: lm-eval sees one process."""
-        for found in self.subject.world.all(mine):
-            for index, answer in found.items():
+        for found in self.subject.world.all(list(mine.items())):
+            for index, answer in found:
                 answers[index] = answer
         return answers
 

@@ -191,8 +191,7 @@ class Loop:
         of their telemetry."""
         graph, world = self.graph, self.graph.world
         draw = Draw(self.run_options.seed, done - 1)
-        world.agree("the step", str(done))
-        (count,) = world.sum([sum(int((batch.targets_BL != -100).sum()) for batch in batches)])
+        count = self._targets(done, batches)
         losses, telemetry, passes = [], [], 0
         for number, batch in enumerate(batches, 1):
             batch = batch.to(graph.device)
@@ -210,12 +209,19 @@ class Loop:
             telemetry.append(output.telemetry)
             passes += output.passes
         graph.spread.finish()
-        world.agree(f"the number of passes in step {done}, {passes} here,", str(passes))
-        of_ranks = world.gather([float(torch.stack(losses).sum())])
-        means = {
-            name: world.mean(torch.stack([one[name] for one in telemetry]).mean(0)) for name in telemetry[0]
-        }
-        return [loss for (loss,) in of_ranks], means
+        passes_R, losses_R = zip(*world.gather([passes, float(torch.stack(losses).sum())]), strict=True)
+        world.same(f"the number of passes in step {done}, {passes} here,", passes_R)
+        means = {name: torch.stack([one[name] for one in telemetry]).mean(0) for name in telemetry[0]}
+        return list(losses_R), world.means(means) if means else {}
+
+    def _targets(self, done: int, batches: list[Batch]) -> float:
+        """Of all ranks, which have come to the same step."""
+        world = self.graph.world
+        mine = sum(int((batch.targets_BL != -100).sum()) for batch in batches)
+        steps_R, counts_R = zip(*world.gather([done, mine]), strict=True)
+        world.same("the step", steps_R)
+        count: float = sum(counts_R) / world.together
+        return count
 
     def _non_finite(
         self, done: int, losses: list[float], grad_norm: float, batches: list[Batch]

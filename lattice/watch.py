@@ -10,6 +10,7 @@ messages, since what fails may be the network, and counts rather than times, sin
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -26,7 +27,8 @@ from lattice.rank_log import FOLDER, RankLog
 from lattice.world import World
 
 UNLIMITED = ("evaluation", "checkpoint")
-"""Places whose time depends on what is evaluated, and on the disk."""
+"""Places whose time depends on what is evaluated, and on the disk: there only a rank whose process does not
+even beat is at fault."""
 EXIT = 75
 """Exit status: try again (EX_TEMPFAIL)."""
 NOTHING = {"count": 0, "places": 0, "waits": False, "place": "the start"}
@@ -43,6 +45,7 @@ class Watch:
         self._count = 0
         self._main = threading.get_ident()
         self._stop = threading.Event()
+        self._looked: tuple[float, dict[int, dict[str, Any]]] = (-math.inf, {})
         self.give_up: Callable[[int], None] = os._exit
 
     def at(self, step: int, phase: str) -> None:
@@ -72,17 +75,31 @@ class Watch:
     def _watch(self) -> None:
         warned = 0.0
         while not self._stop.wait(self._interval):
-            self._beat()
+            written = self._beat()
             waited = time.monotonic() - self._since
-            if self._phase in UNLIMITED or waited < self._timeout / 2:
+            if self._phase in UNLIMITED:
+                if written and self._some_silent():
+                    self._end(f"no sign of life for {self._timeout:.0f} s")
+                continue
+            if waited < self._timeout / 2:
                 continue
             if waited >= self._timeout:
-                self._end(waited)
+                self._end(f"no progress for {waited:.0f} s")
             elif warned != self._since:
                 warned = self._since
                 self._log.event("stalled", place=self.place, seconds=round(waited, 1), stack=self._stack())
 
-    def _beat(self) -> None:
+    def _some_silent(self) -> bool:
+        """Whether another rank has not beaten for the time limit. All beats are read once in that time."""
+        now, (looked, before) = time.monotonic(), self._looked
+        if now - looked < self._timeout:
+            return False
+        after = self._beats()
+        self._looked = now, after
+        return bool(before) and bool(_silent(before, after, self._world.rank))
+
+    def _beat(self) -> bool:
+        """False where it could not be written."""
         self._count += 1
         path = self._folder / f"{self._world.rank:05d}.beat"
         row = {"count": self._count, "places": self._places, "waits": self._waits(), "place": self.place}
@@ -90,7 +107,8 @@ class Watch:
             path.with_suffix(".new").write_text(json.dumps(row), encoding="utf-8")
             path.with_suffix(".new").replace(path)
         except OSError:  # a full disk is for what must be written there to report
-            return
+            return False
+        return True
 
     def _waits(self) -> bool:
         """Whether the main thread is in an operation of torch.distributed."""
@@ -106,12 +124,12 @@ class Watch:
             -8:
         ]
 
-    def _end(self, waited: float) -> None:
+    def _end(self, why: str) -> None:
         before = self._beats()
         time.sleep(3 * self._interval)
         self._beat()
         blamed = culprits(before, self._beats(), self._world.rank)
-        message = f"no progress for {waited:.0f} s in {self.place}: {blamed}"
+        message = f"{why} in {self.place}: {blamed}"
         self._log.event("fault", error="Timeout", message=message, stack=self._stack())
         errors.print(f"error: rank {self._world.rank}: {message}", markup=False, soft_wrap=True)
         self.give_up(EXIT)
@@ -126,13 +144,17 @@ class Watch:
         return beats
 
 
+def _silent(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], me: int) -> list[int]:
+    return [rank for rank in after if rank != me and after[rank]["count"] == before[rank]["count"]]
+
+
 def culprits(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], me: int) -> str:
     """Which ranks the others wait for, from what all wrote at two moments."""
 
     def named(ranks: list[int], what: str) -> str:
         return "; ".join(f"rank {rank} {what} {after[rank]['place']}" for rank in ranks)
 
-    silent = [rank for rank in after if rank != me and after[rank]["count"] == before[rank]["count"]]
+    silent = _silent(before, after, me)
     if silent:
         return named(silent, "is stopped, gone or cut off, since")
     first = min(beat["places"] for beat in after.values())

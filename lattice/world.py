@@ -6,15 +6,18 @@ All of it goes through the CPU (gloo): a few numbers a step, so that ranks act a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from lattice import messages
 from lattice.launch import Agreed, Elsewhere, Launch
 
 T = TypeVar("T")
@@ -55,43 +58,44 @@ class World:
         """Summed over the shares of the data: ranks that work together on one count once."""
         return [sum(column) / self.together for column in zip(*self.gather(values), strict=True)]
 
-    def mean(self, values: torch.Tensor) -> Any:
-        """Over all ranks: a number for a scalar, a list for a vector."""
-        flat = [
-            sum(column) / self.size for column in zip(*self.gather(values.flatten().tolist()), strict=True)
-        ]
-        return torch.tensor(flat, dtype=torch.float64).view(values.shape).tolist()
+    def means(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Over all ranks, all of which give the same shapes: a number for a scalar, a list for a vector."""
+        parts = [value.flatten().tolist() for value in values.values()]
+        rows = self.gather(list(itertools.chain.from_iterable(parts)))
+        mean_N = torch.tensor(rows, dtype=torch.float64).mean(0)
+        split = torch.split(mean_N, [len(part) for part in parts])
+        of_names = zip(values.items(), split, strict=True)
+        return {name: mean.view(value.shape).tolist() for (name, value), mean in of_names}
 
-    def all(self, value: T) -> list[T]:
-        """What every rank gives, by rank."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
+    def all(self, value: Any) -> list[Any]:
+        """What every rank gives, by rank: what JSON can hold."""
+        return [value] if self.size == 1 else messages.gather(value)
 
     def agree(self, what: str, value: str) -> None:
-        """Raises ValueError, on all ranks, where some rank has another value than rank 0."""
+        """Raises Disagreement, on all ranks, where some rank has another value than rank 0."""
         digest = float(int(hashlib.sha256(value.encode()).hexdigest()[:13], 16))  # exact in 53 bits
-        of_ranks = [one for (one,) in self.gather([digest])]
+        self.same(what, [one for (one,) in self.gather([digest])])
+
+    def same(self, what: str, of_ranks: Sequence[float]) -> None:
+        """The same for values that were gathered."""
         others = [str(rank) for rank, one in enumerate(of_ranks) if one != of_ranks[0]]
         if others:
             raise Disagreement(f"rank {', '.join(others)}: {what} is not that of rank 0")
 
     def from_first(self, call: Callable[[], T]) -> T:
-        """What `call` gives on rank 0, on all ranks. What it raises there is raised there; the others raise
-        Elsewhere."""
+        """What `call` gives on rank 0, which JSON can hold, on all ranks. What it raises there is raised
+        there; the others raise Elsewhere."""
         if self.size == 1:
             return call()
-        outcome: list[tuple[bool, object]] = [(False, None)]
+        worked, value = False, None
         try:
             if self.rank == 0:
-                outcome = [(True, call())]
+                value, worked = call(), True
         finally:
-            dist.broadcast_object_list(outcome, src=0)
-        worked, value = outcome[0]
+            worked, value = messages.broadcast([worked, value])
         if not worked:
             raise Elsewhere("rank 0 failed")
-        return value  # type: ignore[return-value]
+        return cast("T", value)
 
     def in_turn(self, call: Callable[[], T]) -> T:
         """`call` on all ranks: first on rank 0, then on the first of every other host, then on the rest. For

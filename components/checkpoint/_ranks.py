@@ -1,17 +1,13 @@
-"""What the ranks of a job tell each other about a checkpoint, so that all of them do and raise the same.
-
-Messages travel as JSON: the collectives of torch.distributed for objects would unpickle them.
-"""
+"""What the ranks of a job tell each other about a checkpoint, so that all of them do and raise the same."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
+from lattice import messages
 from lattice.components.checkpoint._manifest import CheckpointError, CorruptCheckpoint
 
 if TYPE_CHECKING:
@@ -30,8 +26,6 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        import torch.distributed as dist
-
         self.group: ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
@@ -41,47 +35,24 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""
-        return [value] if self.group is None else self._talk(self._gathered, value)
+        return [value] if self.group is None else self._talk(messages.gather, value)
 
     def first(self, value: Any) -> Any:
         """The value of rank 0."""
-        return value if self.group is None else self._talk(self._broadcast, value)
+        return value if self.group is None else self._talk(messages.broadcast, value)
 
     def lost(self, error: Exception) -> OSError:
         """What is raised from now on, after `error` in a collective of this group."""
         self._lost = self._lost or f"the ranks do not reach each other: {error}"
         return OSError(self._lost)
 
-    def _talk(self, collective: Callable[[Any], T], value: Any) -> T:
+    def _talk(self, collective: Callable[..., T], value: Any) -> T:
         if self._lost:
             raise OSError(self._lost)
         try:
-            return collective(value)
+            return collective(value, self.group)
         except RuntimeError as error:
             raise self.lost(error) from error
-
-    def _gathered(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
-
-        message = _encoded(value)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.group)
-        padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8)
-        padded[: len(message)] = message
-        messages = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(messages, padded, group=self.group)
-        return [_decoded(one[: int(length)]) for one, length in zip(messages, lengths, strict=True)]
-
-    def _broadcast(self, value: Any) -> Any:
-        import torch.distributed as dist
-
-        message = _encoded(value if self.rank == 0 else None)
-        length = torch.tensor([len(message)])
-        dist.broadcast(length, 0, group=self.group)
-        if self.rank != 0:
-            message = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(message, 0, group=self.group)
-        return _decoded(message)
 
     def together(self, act: Callable[[], T]) -> T:
         """Every rank acts, and gets its own result. If one fails, all raise what the first to fail raised."""
@@ -110,14 +81,6 @@ def _tried(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return act(), None
     except Exception as error:
         return None, error
-
-
-def _encoded(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _decoded(message: Tensor) -> Any:
-    return json.loads(bytes(message.numpy()))
 
 
 def _described(failure: Exception | None) -> list[Any] | None:

@@ -84,12 +84,20 @@ def test_no_progress_ends_with_the_culprit_in_the_log(tmp_path, monkeypatch, cap
     assert "step 3 (update)" in capsys.readouterr().err
 
 
-def test_an_evaluation_takes_as_long_as_it_takes(tmp_path, monkeypatch):
-    watch, ended = watching(tmp_path, monkeypatch, timeout=0.2)
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_evaluation_takes_as_long_as_it_takes_while_all_are_alive(tmp_path, monkeypatch, alive):
+    watch, ended = watching(tmp_path, monkeypatch, timeout=0.3)
+    (tmp_path / "ranks").mkdir(exist_ok=True)
+    other = tmp_path / "ranks" / "00001.beat"
+    other.write_text(json.dumps({**BEAT, "count": 1}))
     with watch.on():
         watch.at(3, "evaluation")
-        time.sleep(0.6)
-    assert ended == []
+        for count in range(2, 40):
+            if alive:
+                other.with_suffix(".next").write_text(json.dumps({**BEAT, "count": count}))
+                other.with_suffix(".next").replace(other)
+            time.sleep(0.03)
+    assert set(ended) == (set() if alive else {EXIT})
 
 
 def test_one_rank_on_each_host_tells_what_all_know():
