@@ -1,22 +1,23 @@
 """What a recipe would need and take on GPUs that one does not have.
 
 Memory is predicted by computing a step on fake tensors (lattice.memory), time from the ledger's operations at
-a stated share of the GPUs' peak. On several GPUs weights, gradients and optimizer state are sharded (FSDP),
-and a rank holds all weights and gradients through the passes of a step, gathered once. What it sends for that
-is counted beside (lattice.communication) and taken to be hidden behind what is computed.
+a stated share of the GPUs' peak. Over several GPUs the recipe's [parallel] divides the memory; where weights
+are sharded a rank holds all of them and their gradients throughout a step, gathered once, if these fit. What
+it sends for that is counted beside (lattice.communication) and taken to be hidden behind what is computed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lattice.arrangement import arranged
 from lattice.communication import Traffic, traffic
 from lattice.hardware import GPU
 from lattice.ledger import Ledger, ledger
 from lattice.memory import StepMemory, step_memory
-from lattice.recipe import Recipe, RecipeError, load_recipe
+from lattice.protocols import Parallel
+from lattice.recipe import Recipe, load_recipe
 from lattice.thought_counts import with_thoughts
 
 CHECKPOINTING: dict[str, dict[str, object]] = {
@@ -55,6 +56,8 @@ class Setting:
     micro_batch: int
     memory: StepMemory
     """Of a rank."""
+    gathered: bool
+    """Whether that includes all weights and gradients throughout a step."""
     costs: Ledger
     fits: bool
     tokens_per_second: float
@@ -66,31 +69,10 @@ class Setting:
     """Of a rank in a step; nothing for one GPU."""
 
 
-def rows_of(recipe: Recipe, gpus: int) -> int:
-    """Sequences that a rank takes at once. Raises RecipeError where they cannot be divided."""
-    run = recipe.run
-    share, left = divmod(run.sequences, gpus)
-    if left:
-        raise RecipeError(
-            [
-                f"{recipe.origin(('run', 'batch_tokens'))}: run.batch_tokens = {run.batch_tokens}: its "
-                f"{run.sequences} sequences must divide by {gpus} GPUs"
-            ]
-        )
-    rows = run.micro_batch or share
-    if share % rows:
-        raise RecipeError(
-            [
-                f"{recipe.origin(('run', 'micro_batch'))}: run.micro_batch = {rows}: must divide the "
-                f"{share} sequences of each of {gpus} GPUs"
-            ]
-        )
-    return rows
-
-
 def plan(recipe: Recipe, thoughts: Sequence[int], target: Target) -> Iterator[Setting]:
     """Every thought count with every kind of checkpointing. Raises ValueError for a count that the recurrence
-    cannot have."""
+    cannot have, RecipeError for a batch or model that so many GPUs cannot divide."""
+    arranged(recipe, target.gpus)  # names the recipe's lines, which its variants have no more
     counted = {count: with_thoughts(recipe, count) for count in thoughts}
     for count, thinking in counted.items():
         for name, table in CHECKPOINTING.items():
@@ -106,8 +88,14 @@ def cheapest(settings: Sequence[Setting]) -> Setting | None:
 
 def _setting(count: int, name: str, recipe: Recipe, target: Target) -> Setting:
     run = recipe.run
-    rows = rows_of(recipe, target.gpus)
-    memory = _of_rank(step_memory(recipe, rows=rows, length=run.sequence_tokens), target.gpus)
+    parallel: Parallel = recipe.component("parallel")
+    ranks = arranged(recipe, target.gpus)
+    alone = step_memory(recipe, rows=ranks.rows, length=run.sequence_tokens)
+    room = (1 - target.reserve) * target.gpu.memory
+    memory = parallel.memory(alone, target.gpus, gathered=True)
+    gathered = memory.total <= room
+    if not gathered:
+        memory = parallel.memory(alone, target.gpus, gathered=False)
     costs = ledger(recipe)
     operations = costs.training_operations + costs.repeated_operations
     rate = target.gpus * target.gpu.peak * target.utilization / operations
@@ -117,31 +105,19 @@ def _setting(count: int, name: str, recipe: Recipe, target: Target) -> Setting:
         costs,
         target.gpu,
         target.gpus,
-        micro_batches=run.sequences // (target.gpus * rows),
+        micro_batches=ranks.micro_batches,
         compute_seconds=seconds / run.steps,
     )
     return Setting(
         thoughts=count,
         checkpointing=name,
-        micro_batch=rows,
+        micro_batch=ranks.rows,
         memory=memory,
         costs=costs,
-        fits=memory.total <= (1 - target.reserve) * target.gpu.memory,
+        gathered=gathered,
+        fits=memory.total <= room,
         tokens_per_second=rate,
         days=seconds / 86400,
         gpu_hours=target.gpus * seconds / 3600,
         communication=communication if target.gpus > 1 else [],
-    )
-
-
-def _of_rank(memory: StepMemory, gpus: int) -> StepMemory:
-    """The rank's shards, and for the time of a step all weights and gradients."""
-    if gpus == 1:
-        return memory
-    shard = memory.parameters // gpus
-    return dataclasses.replace(
-        memory,
-        parameters=memory.parameters + shard,
-        gradients=memory.gradients + shard,
-        optimizer=memory.optimizer // gpus,
     )

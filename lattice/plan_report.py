@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from lattice import options
 from lattice.communication import slots_to_hide
 from lattice.console import console, say, table
 from lattice.hardware import GPUS
@@ -53,7 +54,7 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
     say(
         f"{target.gpus} x {gpu}, {settings[0].micro_batch} sequences a rank at once, "
         f"{target.utilization:.0%} of {target.gpu.peak / 1e12:,.0f} TFLOP/s assumed"
-        + ("" if target.gpus == 1 else "; weights sharded, gathered once a step")
+        + ("" if target.gpus == 1 else f"; parallel: {_inline(recipe.component('parallel'))}")
     )
     first = {one.thoughts: one for one in settings}
     table(
@@ -86,11 +87,13 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
                 one.checkpointing,
                 *[f"{getattr(one.memory, part) / 2**30:,.1f}" for part in parts.values()],
                 f"{one.memory.total / 2**30:,.1f}",
-                "yes" if one.fits else "no",
+                ("yes" if one.gathered else "by pass") if one.fits else "no",
             ]
             for one in settings
         ],
     )
+    if any(one.fits and not one.gathered for one in settings):
+        say("by pass: if weights are gathered for each pass and not for the whole step (reshard)")
     best = [cheapest([one for one in settings if one.thoughts == count]) for count in first]
     table(
         "the cheapest setting that fits",
@@ -115,10 +118,14 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
         say("where none fits: lower run.micro_batch with --set, or take more or larger GPUs")
 
 
+def _inline(component: object) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in options.to_table(component).items())
+
+
 def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Target) -> None:
     """Of the settings, one for each number of thoughts."""
     table(
-        "communication of a rank in a step: GB, seconds, share of computing",
+        "communication of a rank in a step if weights are sharded: GB, seconds, share of computing",
         ["K", "reshard", "shards", "copies", "gathers", "weights", "grads", "s", "share"],
         [
             [

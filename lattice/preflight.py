@@ -8,25 +8,14 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from lattice.arrangement import arranged
 from lattice.assemble import build_model, choose_device
 from lattice.console import say
 from lattice.hf import init_from
-from lattice.launch import Launch
 from lattice.memory import StepMemory, step_memory
-from lattice.plan import rows_of
 from lattice.protocols import Backbone, Data, Parallel, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 from lattice.world import World
-
-
-def together(recipe: Recipe, launch: Launch) -> int:
-    """How many neighbouring ranks work on the same sequences. Raises RecipeError where the recipe's
-    [parallel] cannot arrange so many ranks."""
-    parallel: Parallel = recipe.component("parallel")
-    try:
-        return parallel.together(launch.size)
-    except ValueError as error:
-        raise RecipeError([_of_option(recipe, "parallel", str(error))]) from error
 
 
 def check(
@@ -56,12 +45,6 @@ def check(
     return gathered_fits
 
 
-def _of_option(recipe: Recipe, table: str, problem: str) -> str:
-    """A component's complaint, which begins with its option's name, with the place of that option."""
-    option = problem.split(" ", 1)[0]
-    return f"{recipe.origin((table, option))}: {table}.{problem}"
-
-
 def _shapes(recipe: Recipe) -> list[str]:
     backbone: Backbone = recipe.component("backbone")
     length, context = recipe.run.sequence_tokens, backbone.shape.context
@@ -76,15 +59,11 @@ def _shapes(recipe: Recipe) -> list[str]:
 
 def _division(recipe: Recipe, world: World) -> list[str]:
     """What cannot be divided among the ranks."""
-    backbone: Backbone = recipe.component("backbone")
-    parallel: Parallel = recipe.component("parallel")
-    found = parallel.problems(backbone.shape, recipe.run.sequence_tokens, world.size)
-    problems = [_of_option(recipe, "parallel", problem) for problem in found]
     try:
-        rows_of(recipe, world.data_size)
+        arranged(recipe, world.size)
     except RecipeError as error:
-        problems += error.problems
-    return problems
+        return error.problems
+    return []
 
 
 def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[str], bool | None]:
@@ -119,7 +98,7 @@ def _predicted(recipe: Recipe, world: World, present: int) -> tuple[StepMemory, 
     if parallel.memory(state, world.size, gathered=False).total > present:
         return state, False
     try:
-        rows = rows_of(recipe, world.data_size)
+        rows = arranged(recipe, world.size).rows
         return step_memory(recipe, rows=rows, length=recipe.run.sequence_tokens), True
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         say(f"memory is not predicted: what the recurrence computes depends on values ({error})")

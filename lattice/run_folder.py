@@ -31,15 +31,19 @@ SUMMARY = "summary.json"
 MAY_DIFFER = (
     "run.steps",
     "run.log_every",
+    "run.micro_batch",
     "run.device",
     "run.timeout",
     "parallel",
+    "activation_checkpoint",
+    "compile",
     "metrics",
     "evaluators",
     "checkpoint",
     "imports",
 )
-"""What may change between the parts of an interrupted run without making it another run."""
+"""What may change between the parts of an interrupted run without making it another run: how it is computed,
+on which machine, and what is seen of it; not what is computed."""
 
 
 class RunExists(ValueError):

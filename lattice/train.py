@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lattice import atomic, hardware, preflight, run_folder, state
+from lattice.arrangement import together
 from lattice.assemble import TrainingGraph, choose_device, training_graph
 from lattice.console import Training, only_first, say
 from lattice.draws import Draw
@@ -52,7 +53,7 @@ def train(
     recipe = load_recipe(recipe, overrides or [])
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     launch = Launch.here()
-    world = World(launch, together=preflight.together(recipe, launch))
+    world = World(launch, together=together(recipe, launch.size))
     device = choose_device(recipe.run.device, local_rank=launch.local_rank)
     with only_first(launch.rank), joined(world, device, recipe.run.timeout):
         world.agree("the resolved recipe", recipe.to_toml())
@@ -105,10 +106,16 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     run_folder.check_same(folder, recipe)
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if summary["steps"] < recipe.run.steps:
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+        taken = int(summary["steps"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no summary of a run: {error!r}; without this file the run goes on from its last checkpoint"
+        ) from error
+    if taken < recipe.run.steps:
         return None
-    say(f"'{folder}' has taken all its {summary['steps']} steps; to train anew choose another one with --out")
+    say(f"'{folder}' has taken all its {taken} steps; to train anew choose another one with --out")
     return summary
 
 

@@ -18,8 +18,8 @@ class Single(Parallel):
     def together(self, size: int) -> int:
         if size > 1:
             raise ValueError(
-                f"kind = 'single': was launched with {size} processes, which would all train the same model: "
-                "launch one, or choose ddp, fsdp, tensor or context"
+                f"kind = 'single': is for one process, {size} of them would all train the same model: choose "
+                "ddp, fsdp, tensor or context"
             )
         return 1
 

@@ -10,12 +10,13 @@ import torch
 
 import lattice
 from lattice import preflight
+from lattice.arrangement import arranged
 from lattice.cli import main
 from lattice.components.recurrence.latent_thoughts import Thinking
 from lattice.hardware import GPU
 from lattice.ledger import ledger
 from lattice.memory import step_memory, traced_step
-from lattice.plan import CHECKPOINTING, Target, cheapest, plan, rows_of
+from lattice.plan import CHECKPOINTING, Target, cheapest, plan
 
 BACKBONES = {
     "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 4},
@@ -40,6 +41,7 @@ def recipe_of(backbone="gpt_neox", recurrence="thoughts", **tables):
             "backbone": {**BACKBONES[backbone], **sizes, "max_position_embeddings": 64},
             "recurrence": RECURRENCES[recurrence],
             "run": {"batch_tokens": 256, "sequence_tokens": 32, "steps": 10, "device": "cpu"},
+            "parallel": {"kind": "fsdp"},
             **tables,
         }
     )
@@ -107,13 +109,30 @@ def test_plan_by_hand():
         assert one.fits == (one.memory.total <= 7 * 2**20)
         assert one.micro_batch == 4
         weights = 4 * costs.parameters
-        assert one.memory.parameters == weights + weights // 2
+        assert one.memory.parameters == weights // 2 + (weights if one.gathered else 0)
         assert one.memory.optimizer == weights
+        assert one.gathered or not one.fits or one.memory.total + 2 * weights > 7 * 2**20
     fitting = [one for one in settings if one.thoughts == 1 and one.fits]
     assert 0 < len(fitting) < len(CHECKPOINTING)  # otherwise the choice is none
     best = cheapest([one for one in settings if one.thoughts == 1])
     assert best.gpu_hours == min(one.gpu_hours for one in fitting)
     assert cheapest([one for one in settings if not one.fits]) is None
+
+
+def test_memory_is_divided_as_the_recipe_says():
+    target = Target(gpu=GPU(2**30, 1e12, "toy", 1e9, 1e9), gpus=4)
+
+    def memory(**parallel):
+        return next(plan(recipe_of(parallel=parallel), [1], target)).memory
+
+    whole, sharded = memory(kind="ddp"), memory(kind="fsdp")
+    assert (whole.optimizer, whole.activations) == (4 * sharded.optimizer, sharded.activations)
+    assert whole.parameters < sharded.parameters  # the shard, and all of them gathered
+    split = memory(kind="context", degree=2)
+    # Twice the sequences at once, and of each the half.
+    assert split.activations == pytest.approx(sharded.activations, rel=0.02)
+    divided = memory(kind="tensor", degree=2)
+    assert divided.activations == pytest.approx(2 * sharded.activations, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +145,7 @@ def test_plan_by_hand():
 def test_batches_that_cannot_be_divided(run, gpus, message):
     recipe = recipe_of(run={"sequence_tokens": 32, **run})
     with pytest.raises(lattice.RecipeError, match=re.escape(message)):
-        rows_of(recipe, gpus)
+        arranged(recipe, gpus)
 
 
 def test_command(tmp_path, capsys):
@@ -151,6 +170,8 @@ def test_command(tmp_path, capsys):
         (["--gpu", "h100"], "gpu 'h100' is not known"),
         (["--gpus", "0"], "gpus = 0: must be at least 1"),
         (["--gpus", "3"], "must divide by 3 GPUs"),
+        (["--gpus", "4", "--set", "parallel.kind=single"], "parallel.kind = 'single': is for one process, 4"),
+        (["--gpus", "4", "--set", "parallel.kind=tensor", "parallel.degree=3"], "parallel.degree = 3: must"),
         (["--mfu", "1.5"], "mfu = 1.5: must be greater than 0 and at most 1"),
         (["--thoughts", "-2"], "thoughts = -2: must be at least 0"),
     ],

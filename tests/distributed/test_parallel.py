@@ -147,7 +147,7 @@ def test_what_does_not_fit_the_ranks_is_refused_before_anything_is_there(tmp_pat
             recipe_of(run={"micro_batch": 8}, parallel=STEP),
             r"run\.micro_batch = 8: must divide the 4",
         ),
-        "single": (recipe_of(parallel={"kind": "single"}), "parallel.kind = 'single': was launched with 2"),
+        "single": (recipe_of(parallel={"kind": "single"}), "parallel.kind = 'single': is for one process, 2"),
         "memory": (
             recipe_of(parallel=STEP, backbone={"hidden_size": 4_000_000}),
             "too little memory: .* 2 ranks",

@@ -355,6 +355,24 @@ def test_what_may_differ_does_not_make_another_run(train, whole, tmp_path):
     assert found == whole()
 
 
+@pytest.mark.parametrize(
+    "override", ["run.micro_batch=1", "activation_checkpoint.kind=pass", "activation_checkpoint.kind=block"]
+)
+def test_a_run_may_go_on_on_a_machine_with_less_memory(train, whole, tmp_path, override):
+    train(*stop_at(5))
+    train(override)
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert found == pytest.approx([row["loss"] for row in whole() if "loss" in row], abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": "many"}'])
+def test_a_summary_that_is_none_is_named(train, tmp_path, text):
+    train("run.steps=3")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json: no summary of a run"):
+        train("run.steps=3")
+
+
 def test_more_steps_go_on_from_the_end(train, tmp_path):
     first = train("schedule.kind=wsd")
     twelve = rows(tmp_path / "run")

@@ -1,0 +1,60 @@
+"""How a recipe's batch and model are divided among ranks, known before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lattice.protocols import Backbone, Parallel
+from lattice.recipe import Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What each rank does of a step."""
+
+    rows: int
+    """Sequences that a rank takes at once."""
+    micro_batches: int
+    """How often it does, in a step."""
+
+
+def together(recipe: Recipe, size: int) -> int:
+    """How many neighbouring ranks of `size` work on the same sequences. Raises RecipeError where the recipe's
+    [parallel] cannot arrange so many."""
+    parallel: Parallel = recipe.component("parallel")
+    try:
+        return parallel.together(size)
+    except ValueError as error:
+        raise RecipeError([_of_option(recipe, str(error))]) from error
+
+
+def arranged(recipe: Recipe, size: int) -> Arrangement:
+    """Over `size` ranks. Raises RecipeError with all that cannot be divided."""
+    backbone: Backbone = recipe.component("backbone")
+    parallel: Parallel = recipe.component("parallel")
+    run, shares = recipe.run, size // together(recipe, size)
+    problems = [
+        _of_option(recipe, problem)
+        for problem in parallel.problems(backbone.shape, run.sequence_tokens, size)
+    ]
+    share, left = divmod(run.sequences, shares)
+    rows = run.micro_batch or share
+    if left:
+        problems.append(
+            f"{recipe.origin(('run', 'batch_tokens'))}: run.batch_tokens = {run.batch_tokens}: its "
+            f"{run.sequences} sequences must divide by {shares} GPUs"
+        )
+    elif share % rows:
+        problems.append(
+            f"{recipe.origin(('run', 'micro_batch'))}: run.micro_batch = {rows}: must divide the "
+            f"{share} sequences of each of {shares} GPUs"
+        )
+    if problems:
+        raise RecipeError(problems)
+    return Arrangement(rows, share // rows)
+
+
+def _of_option(recipe: Recipe, problem: str) -> str:
+    """A component's complaint, which begins with its option's name, with the place of that option."""
+    option = problem.split(" ", 1)[0]
+    return f"{recipe.origin(('parallel', option))}: parallel.{problem}"
