@@ -15,8 +15,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=lattice-%j.log
 #SBATCH --signal=B:USR1@300     # to this script, five minutes before the time is over
-# A preempted job gets SIGTERM and, as long as the cluster's GraceTime is, the time to save. If the cluster sets
-# PreemptParameters=send_user_signal it gets SIGUSR1 instead; both do the same here.
+# Of a preempted job the steps get SIGTERM and, as long as the cluster's GraceTime is, the time to save; this script
+# does not. If the cluster sets PreemptParameters=send_user_signal it gets SIGUSR1 first.
 
 set -u
 recipe=${1:?usage: sbatch [--nodes N] examples/slurm.sh RECIPE [arguments of lattice run]}
@@ -56,6 +56,10 @@ while kill -0 "$step" 2>/dev/null; do
     wait "$step" || status=$?
 done
 
+# A job that ends within its GraceTime is not requeued by SLURM, which only says when it preempted it.
+if scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then
+    signalled="preempted"
+fi
 if [ -n "$signalled" ]; then
     echo "$(date --iso-8601=seconds) back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
