@@ -27,15 +27,14 @@ export OMP_NUM_THREADS=1
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # a new store for processes that are started again
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240     # seconds in which ranks may save before torchrun kills them
 
-signalled=""
+again=""
 stop() {
     # To the steps and not to this script. torchrun passes it on; the ranks agree on a step, save and end.
-    signalled=$1
     echo "$(date --iso-8601=seconds) $1: asking the run to save and stop"
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
-trap 'stop USR1' USR1
-trap 'stop TERM' TERM
+trap 'again=yes; stop USR1' USR1
+trap 'stop TERM' TERM           # somebody cancels the job
 
 srun --kill-on-bad-exit=1 \
     torchrun \
@@ -58,9 +57,9 @@ done
 
 # A job that ends within its GraceTime is not requeued by SLURM, which only says when it preempted it.
 if scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then
-    signalled="preempted"
+    again=yes
 fi
-if [ -n "$signalled" ]; then
+if [ -n "$again" ]; then
     echo "$(date --iso-8601=seconds) back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

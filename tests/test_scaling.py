@@ -19,7 +19,13 @@ from lattice.cli import app
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
 STUBS = {
-    "scontrol": 'case $1 in show) echo node1; echo node2 ;; *) echo "scontrol $*" >> "$TOLD" ;; esac',
+    "scontrol": """
+case "$1 $2" in
+    "show hostnames") echo node1; echo node2 ;;
+    "show job") echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}" ;;
+    *) echo "scontrol $*" >> "$TOLD" ;;
+esac
+""",
     "scancel": 'echo "scancel $*" >> "$TOLD"; kill -TERM "$(cat "$STEP")"',
     "srun": """
 echo "srun $*" >> "$TOLD"
@@ -57,22 +63,45 @@ def cluster(tmp_path):
     return environment, told, step
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_preempted_job_saves_and_is_queued_again(cluster, number):
-    environment, told, step = cluster
-    script = [str(ROOT / "examples" / "slurm.sh"), "r.toml", "--out", "runs/a"]
-    job = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not step.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    job.send_signal(number)
-    assert job.wait(30) == 1
+@pytest.fixture
+def job(cluster):
+    """Starts the script and waits until the run has started."""
+    environment, _, step = cluster
+
+    def start(**more):
+        script = [str(ROOT / "examples" / "slurm.sh"), "r.toml", "--out", "runs/a"]
+        process = subprocess.Popen(script, env=environment | more, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not step.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_at_the_end_of_its_time_a_job_saves_and_is_queued_again_but_not_when_it_is_cancelled(
+    cluster, job, number, again
+):
+    _, told, _ = cluster
+    process = job()
+    process.send_signal(number)
+    assert process.wait(30) == 1
     start, *then = told.read_text().splitlines()
     assert "--nnodes 2" in start
     assert "--rdzv-endpoint node1:29400" in start
     assert start.endswith("-m lattice run r.toml --out runs/a")
-    assert then == ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
+    assert then == ["scancel --signal=TERM 7", "saved"] + ["scontrol requeue 7"] * again
+
+
+@pytest.mark.parametrize(("when", "again"), [("2026-01-02T03:04:05", True), ("None", False)])
+def test_a_preempted_job_of_which_the_steps_alone_are_told_is_queued_again(cluster, job, when, again):
+    _, told, step = cluster
+    process = job(PREEMPTED=when)
+    os.kill(int(step.read_text()), signal.SIGTERM)
+    assert process.wait(30) == 1
+    assert told.read_text().splitlines()[1:] == ["saved"] + ["scontrol requeue 7"] * again
 
 
 def test_a_finished_job_is_not(cluster):
