@@ -31,7 +31,7 @@ again=""
 stop() {
     # To the steps and not to this script. torchrun passes it on; the ranks agree on a step, save and end.
     echo "$(date --iso-8601=seconds) $1: asking the run to save and stop"
-    scancel --signal=TERM "$SLURM_JOB_ID"
+    scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null  # SLURM itself tells those of a cancelled job
 }
 trap 'again=yes; stop USR1' USR1
 trap 'stop TERM' TERM           # somebody cancels the job
