@@ -1,18 +1,19 @@
-"""Matrix products with one row, of which decoding one sequence is made: on a CPU their time is that of reading
-the weights, and what reads them fastest is not what multiplies many rows fastest.
+"""One slot at a time, as decoding goes: on a CPU its time is that of reading weights, keys and values, and
+what reads them fastest is not what multiplies many rows fastest.
 
-    python benchmarks/decode_limit.py
-
-shows both. No number that is computed changes but for the order in which products are summed.
+`python benchmarks/decode_limit.py` shows by how much. Results differ by roundings alone.
+Shapes: B batch, D features, H query heads, G key/value heads, S slots, E head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lattice.transient import product_dtype
 
@@ -32,9 +33,21 @@ def fast_products(x_D: Tensor) -> Iterator[None]:
         switch.enabled = True
 
 
+def attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, **options: Any) -> Tensor:
+    """Scaled dot-product attention. Of one query, on a CPU: torch's kernel for bfloat16 takes longer than
+    casting everything to float32 and computing in that."""
+    dtype = torch.bfloat16
+    one = query_BHSE.shape[2] == 1 and not torch.is_grad_enabled() and query_BHSE.device.type == "cpu"
+    if not one or product_dtype(query_BHSE) != dtype:
+        return F.scaled_dot_product_attention(query_BHSE, key_BGSE, value_BGSE, **options)
+    with torch.autocast("cpu", enabled=False):
+        precise = (tensor.float() for tensor in (query_BHSE, key_BGSE, value_BGSE))
+        return F.scaled_dot_product_attention(*precise, **options).to(dtype)
+
+
 def lay_out(model: nn.Module) -> None:
-    """Puts the weights of linears into the order of memory that is read fastest for one row, in place: those in
-    float32 on a CPU with no fewer outputs than inputs column after column. Names, shapes and values stay.
+    """Puts the weights of linears into the order of memory that is read fastest for one row, in place: column
+    after column, of those in float32 on a CPU with no fewer outputs than inputs. Names, shapes, values stay.
 
     For a model that decodes one sequence at a time: with many rows a step gets slower, not faster. Under
     autocast weights are read as what it casts them to, so call this within it.
