@@ -7,8 +7,9 @@ Shapes: B batch, D features, H query heads, G key/value heads, S slots, E head s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lattice.transient import product_dtype
 def fast_products(x_D: Tensor) -> Iterator[None]:
     """For linears of `x_D` (…, D). Of one row, on a CPU: torch's own bfloat16 product reads twice as fast as
     oneDNN's, which is the faster one from three rows on."""
-    switch = torch.backends.mkldnn
+    switch: Any = torch.backends.mkldnn
     if x_D.device.type != "cpu" or x_D.numel() != x_D.shape[-1] or not switch.enabled:
         yield
         return
@@ -36,13 +37,12 @@ def fast_products(x_D: Tensor) -> Iterator[None]:
 def attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, **options: Any) -> Tensor:
     """Scaled dot-product attention. Of one query, on a CPU: torch's kernel for bfloat16 takes longer than
     casting everything to float32 and computing in that."""
-    dtype = torch.bfloat16
+    attend: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, **options)
     one = query_BHSE.shape[2] == 1 and not torch.is_grad_enabled() and query_BHSE.device.type == "cpu"
-    if not one or product_dtype(query_BHSE) != dtype:
-        return F.scaled_dot_product_attention(query_BHSE, key_BGSE, value_BGSE, **options)
+    if not one or (dtype := product_dtype(query_BHSE)) != torch.bfloat16:
+        return attend(query_BHSE, key_BGSE, value_BGSE)
     with torch.autocast("cpu", enabled=False):
-        precise = (tensor.float() for tensor in (query_BHSE, key_BGSE, value_BGSE))
-        return F.scaled_dot_product_attention(*precise, **options).to(dtype)
+        return attend(query_BHSE.float(), key_BGSE.float(), value_BGSE.float()).to(dtype)
 
 
 def lay_out(model: nn.Module) -> None:
