@@ -27,6 +27,7 @@ from lattice.draws import Draw
 from lattice.generate import stream
 from lattice.ledger import Ledger, ledger
 from lattice.live_tensors import LiveTensors
+from lattice.one_row import lay_out
 from lattice.options import to_table
 from lattice.protocols import Precision
 from lattice.recipe import Recipe
@@ -121,6 +122,7 @@ class Workload:
         self.seconds.append(clock.seconds)
 
     def _ready(self) -> Callable[[Clock], None]:
+        decoding = self.options.mode == "decode"
         torch.manual_seed(self.case.recipe.run.seed)
         self.model = build_model(self.case.recipe)
         self.precision.apply(self.model)
@@ -135,7 +137,10 @@ class Workload:
             self.optimizer = self.case.recipe.component("optimizer").build(self.model)
             return self._train
         self.model.eval()
-        return self._evaluate if self.options.mode == "eval" else self._decode
+        if decoding and self.rows == 1:
+            with self.precision.autocast(self.device):
+                lay_out(self.model)
+        return self._evaluate if not decoding else self._decode
 
     def _train(self, clock: Clock) -> None:
         with clock("data"):

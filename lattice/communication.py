@@ -123,6 +123,6 @@ def _gathers(recipe: Recipe) -> float:
         one.times
         * (layers if one.layers is None else one.layers)
         / layers
-        * (2 + checkpointing.again if one.gradients else 1)
+        * (2 + len(checkpointing.again(backbone.layer_cost)) if one.gradients else 1)
         for one in recurrence.passes(backbone.shape, training=True)
     )

@@ -9,7 +9,7 @@ Shapes: B batch, L tokens, n stages a token, D hidden, H query heads, G key/valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,27 @@ class LayerCost:
     """Operations a query and key that meet: 4 H E."""
     cached: int
     """Numbers that a slot leaves in a cache: 2 G E."""
+    wide: tuple[int, int, int]
+    """Of project, local and finish, the operations of products with more outputs than inputs."""
+    last: int
+    """Of finish, the operations of the product that the layer ends with: nothing in the layer's own backward
+    pass needs its result."""
+
+    @property
+    def to_last(self) -> LayerCost:
+        """All but the last product."""
+        return replace(self, finish=self.finish - self.last)
+
+    @property
+    def wide_alone(self) -> LayerCost:
+        """The wide products and nothing else."""
+        project, local, finish = self.wide
+        return replace(self, project=project, local=local, finish=finish, attention=0)
+
+
+def wide(*products: tuple[int, int]) -> int:
+    """Operations a slot of those products, each (inputs, outputs), that have more outputs than inputs."""
+    return sum(2 * inputs * outputs for inputs, outputs in products if outputs > inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

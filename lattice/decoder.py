@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lattice.cache import LayerCache
+from lattice.one_row import attention
 from lattice.protocols import Initialization
 from lattice.sharded import put
 
@@ -215,14 +215,8 @@ def attend(
         flex = _flex_attention(query_BHSE.device.type)
         out_BHSE: Tensor = flex(query_BHSE, key_BGSE, value_BGSE, block_mask=mask.blocks, enable_gqa=shared)
     else:
-        out_BHSE = F.scaled_dot_product_attention(
-            query_BHSE,
-            key_BGSE,
-            value_BGSE,
-            attn_mask=mask.allowed,
-            is_causal=mask.causal,
-            enable_gqa=shared,
-        )
+        options = {"attn_mask": mask.allowed, "is_causal": mask.causal, "enable_gqa": shared}
+        out_BHSE = attention(query_BHSE, key_BGSE, value_BGSE, **options)
     return out_BHSE.transpose(1, 2).flatten(2)
 
 

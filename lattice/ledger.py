@@ -83,7 +83,12 @@ def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
         evaluation_token_passes=token_passes(evaluating),
         inference_token_passes=token_passes(decoding),
         training_operations=forward(training) + BACKWARD * back + (1 + BACKWARD) * head,
-        repeated_operations=checkpointing.again * back,
+        repeated_operations=sum(
+            one.times * one.layer_operations(part, shape.num_layers, length)
+            for one in training
+            if one.gradients
+            for part in checkpointing.again(cost)
+        ),
         evaluation_operations=forward(evaluating) + head,
         inference_operations=forward(decoding) + head,
         cached_numbers=cost.cached * shape.num_layers * token_passes(decoding),

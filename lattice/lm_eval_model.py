@@ -21,6 +21,7 @@ from rich.progress import track
 from lattice.console import errors
 from lattice.generate import Sampling
 from lattice.load import load_subject
+from lattice.one_row import lay_out
 from lattice.padding import padded
 from lattice.protocols import EvaluationSubject
 from lattice.text_generation import complete
@@ -49,6 +50,10 @@ class LatticeLM(TemplateLM):
     ) -> None:
         """`run` is a run's directory, one of its checkpoints, or what `lattice.load.load_subject` gave."""
         super().__init__()
+        size = str(batch_size).partition(":")[0]
+        if not size.isdigit() or int(size) < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be a whole number of at least 1")
+        self.batch_size = int(size)
         if not isinstance(run, EvaluationSubject):
             run = load_subject(
                 run,
@@ -57,10 +62,9 @@ class LatticeLM(TemplateLM):
                 device=device or "auto",
                 trust_imports=trust_imports,
             )
-        size = str(batch_size).partition(":")[0]
-        if not size.isdigit() or int(size) < 1:
-            raise ValueError(f"batch_size = {batch_size}: must be a whole number of at least 1")
-        self.batch_size = int(size)
+            if self.batch_size == 1:
+                with run.autocast():
+                    lay_out(run.model)
         self.subject = run
         self.model, self.codec = run.model, run.codec
         self.max_length = self.model.shape.context

@@ -217,10 +217,10 @@ class Precision(Protocol):
 class ActivationCheckpoint(Protocol):
     """What is kept of the forward pass and what is computed again in the backward pass."""
 
-    @property
-    def again(self) -> int:
-        """How often the backward pass computes the matrix products of the layers again."""
-        return 0
+    def again(self, cost: LayerCost) -> list[LayerCost]:
+        """What the backward pass computes again of a layer that costs `cost`, one for each time that it calls
+        the layer."""
+        return []
 
     @abstractmethod
     def block(self, call: Callable[..., T]) -> Callable[..., T]:

@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass: of layers, of whole passes, or the cheap ones alone.
+"""Activations computed again in the backward pass: of layers, of whole passes, or the wide ones of layers.
 
 Chen et al., arXiv 1604.06174. Gradients are exact.
 """
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lattice.protocols import ActivationCheckpoint
+from lattice.protocols import ActivationCheckpoint, LayerCost
 from lattice.registry import register
 
 T = TypeVar("T")
@@ -31,9 +31,8 @@ def recomputed(call: Callable[..., T]) -> Callable[..., T]:
 class RecomputeBlock(ActivationCheckpoint):
     """Keeps the input of every layer of every pass; the rest of a layer is computed twice."""
 
-    @property
-    def again(self) -> int:
-        return 1
+    def again(self, cost: LayerCost) -> list[LayerCost]:
+        return [cost.to_last]
 
     def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call)
@@ -50,9 +49,8 @@ class RecomputePass(ActivationCheckpoint):
     blocks: bool = False
     """While a pass is computed again, keep the inputs of its layers alone: a layer is computed thrice."""
 
-    @property
-    def again(self) -> int:
-        return 1 + self.blocks
+    def again(self, cost: LayerCost) -> list[LayerCost]:
+        return [cost, cost.to_last] if self.blocks else [cost]
 
     def block(self, call: Callable[..., T]) -> Callable[..., T]:
         return recomputed(call) if self.blocks else call
@@ -61,20 +59,24 @@ class RecomputePass(ActivationCheckpoint):
         return recomputed(call)
 
 
-MATRIX_PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+ATEN = torch.ops.aten
+ATTENTION = {
+    ATEN._scaled_dot_product_flash_attention.default,
+    ATEN._scaled_dot_product_efficient_attention.default,
+    ATEN._scaled_dot_product_cudnn_attention.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
+MATRICES = {ATEN.mm.default: 0, ATEN.bmm.default: 0, ATEN._scaled_mm.default: 0, ATEN.addmm.default: 1}
+"""Matrix products, and which of their arguments is the first factor; the other one follows."""
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation in MATRIX_PRODUCTS:
+    if operation in ATTENTION:
         return CheckpointPolicy.MUST_SAVE
+    if operation in MATRICES:
+        inputs, outputs = args[MATRICES[operation] + 1].shape[-2:]
+        if outputs <= inputs:
+            return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -96,10 +98,11 @@ def _without_cast_cache(call: Callable[..., T]) -> Callable[..., T]:
 @register("activation_checkpoint", "selective")
 @dataclass(frozen=True, kw_only=True)
 class RecomputeSelective(ActivationCheckpoint):
-    """Keeps the results of matrix products and attention; computes again what is cheap between them.
+    """Keeps the results of attention and of matrix products that are not wider than what goes in; computes
+    wide products again, such as that into an MLP, and all that is cheap."""
 
-    For backbones that let lattice.transient do that this saves nothing: GPT-NeoX and Llama keep less with
-    `none`. It is for those of one's own that do not."""
+    def again(self, cost: LayerCost) -> list[LayerCost]:
+        return [cost.wide_alone]
 
     def block(self, call: Callable[..., T]) -> Callable[..., T]:
         if not torch.is_grad_enabled():

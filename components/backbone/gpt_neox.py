@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
+from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
@@ -82,14 +83,18 @@ class GPTNeoX(Backbone):
 
     @property
     def layer_cost(self) -> LayerCost:
-        size, mlp = self.hidden_size, 4 * self.hidden_size * self.intermediate_size
-        parallel = self.use_parallel_residual
+        size, inner, parallel = self.hidden_size, self.intermediate_size, self.use_parallel_residual
+        mlp = 4 * size * inner
+        # The last product of all, dense or dense_4h_to_h, is not looked for among the wide ones.
+        wide_mlp = wide((size, inner), *([(inner, size)] if parallel else []))
         return LayerCost(
             project=6 * size * size,
             local=mlp if parallel else 0,
             finish=2 * size * size + (0 if parallel else mlp),
             attention=4 * size,
             cached=2 * size,
+            wide=(6 * size * size, wide_mlp if parallel else 0, 0 if parallel else wide_mlp),
+            last=2 * size * size if parallel else mlp // 2,
         )
 
     def build(self) -> Decoder:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
+from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
@@ -76,12 +77,19 @@ class Llama(Backbone):
     def layer_cost(self) -> LayerCost:
         queries = self.num_attention_heads * self.head_size
         shared = self.key_value_heads * self.head_size
+        size, inner = self.hidden_size, self.intermediate_size
         return LayerCost(
-            project=2 * self.hidden_size * (queries + 2 * shared),
+            project=2 * size * (queries + 2 * shared),
             local=0,
-            finish=2 * queries * self.hidden_size + 6 * self.hidden_size * self.intermediate_size,
+            finish=2 * queries * size + 6 * size * inner,
             attention=4 * queries,
             cached=2 * shared,
+            wide=(
+                wide((size, queries), (size, shared), (size, shared)),
+                0,
+                wide((queries, size), (size, inner), (size, inner)),
+            ),
+            last=2 * size * inner,
         )
 
     def build(self) -> Decoder:

@@ -78,8 +78,7 @@ def test_float8_is_predicted_without_its_hardware():
 
 
 def test_what_is_recomputed_saves_memory():
-    """In the order of the method: everything kept, inputs of layers, inputs of passes. `selective` keeps the
-    results of products, which is more than what backbones that compute cheap values again keep anyway."""
+    """In the order of the method: everything kept, narrow results, inputs of layers, inputs of passes."""
     recipe = recipe_of(run={"batch_tokens": 256, "sequence_tokens": 64})
     sizes = {
         name: step_memory(
@@ -87,7 +86,7 @@ def test_what_is_recomputed_saves_memory():
         ).activations
         for name, table in CHECKPOINTING.items()
     }
-    assert sizes["none"] > sizes["block"] > sizes["pass, blocks"]
+    assert 0.75 * sizes["none"] > sizes["selective"] > sizes["block"] > sizes["pass, blocks"]
     assert sizes["selective"] > sizes["pass"] > sizes["pass, blocks"]
 
 
@@ -98,11 +97,14 @@ def test_plan_by_hand():
     asked = [(count, kind) for count in (0, 1) for kind in CHECKPOINTING]
     assert [(one.thoughts, one.checkpointing) for one in settings] == asked
     for one in settings:
-        costs, again = one.costs, {"none": 0, "selective": 0, "pass, blocks": 2}.get(one.checkpointing, 1)
+        costs, again = one.costs, one.costs.repeated_operations
         head = 2 * 64 * 96
         forward = (costs.training_operations - 3 * head) / 3
-        assert costs.repeated_operations == pytest.approx(again * forward)
-        done = costs.training_operations + again * forward
+        low, high = {"none": (0, 0), "selective": (0, 0.6), "block": (0.5, 1), "pass": (1, 1)}.get(
+            one.checkpointing, (1.5, 2)
+        )
+        assert low * forward <= again <= high * forward * (1 + 1e-9)
+        done = costs.training_operations + again
         assert one.tokens_per_second == pytest.approx(2 * 0.5e12 / done)
         assert one.gpu_hours == pytest.approx(2 * 2560 / one.tokens_per_second / 3600)
         assert one.days == pytest.approx(one.gpu_hours / 48)
