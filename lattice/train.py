@@ -111,7 +111,8 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         taken = int(summary["steps"])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{path}: no summary of a run: {error!r}; without this file the run goes on from its last checkpoint"
+            f"{path}: no summary of a run: {error!r}; without this file the run goes on from its last "
+            "checkpoint"
         ) from error
     if taken < recipe.run.steps:
         return None
