@@ -1,7 +1,7 @@
 """From a mask component to what attention takes: causal order, booleans, or blocks for FlexAttention.
 
-Causal order over (token, stage), padding, that a slot sees itself, and that continuations of one context do not
-see each other hold under every mask. They are added here, so that no kind can forget them.
+Causal order over (token, stage), padding, that a slot sees itself, and that continuations of one context do
+not see each other hold under every mask. They are added here, so that no kind can forget them.
 
 Shapes: B batch, Q queries, K keys.
 """

@@ -11,8 +11,7 @@ from itertools import chain, pairwise, takewhile
 
 Text = tuple[int, ...]
 SAVED = 0.25
-"""Of a text's tokens, so many must be saved for it to join a row: attention is computed over all pairs of a
-row's slots, those of two texts among them."""
+"""Of what a text costs in a row of its own, so much must be saved for it to join another row."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,22 @@ class Row:
         return Row((*self.texts, text), sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def rows(texts: Iterable[Text], most: int) -> list[Row]:
-    """Each text once. A row that several share has at most `most` tokens."""
+def rows(texts: Iterable[Text], most: int, alone: float) -> list[Row]:
+    """Each text once. A row that several share has at most `most` tokens.
+
+    What a token costs in attention grows with its row, those of other texts among its keys: `alone` is what
+    it costs besides, in keys.
+    """
+
+    def cost(size: int) -> float:
+        return size * (alone + size)
+
     found: list[Row] = []
     for text in sorted(set(texts)):
         if found:
             joined = found[-1].joined(text)
-            if joined.size <= most and joined.size - found[-1].size <= (1 - SAVED) * len(text):
+            added = cost(joined.size) - cost(found[-1].size)
+            if joined.size <= most and added <= (1 - SAVED) * cost(len(text)):
                 found[-1] = joined
                 continue
         found.append(Row((text,), len(text)))

@@ -7,7 +7,7 @@ The only file that imports lm-eval. Shapes: B rows, L tokens, N scored tokens, V
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,8 +107,7 @@ class LatticeLM(TemplateLM):
         for index, ids in enumerate(inputs):
             of_input.setdefault(ids, []).append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        most = self.max_length if self.model.recurrence.rows_may_branch else 0
-        batches = self._batches(rows(of_input, most))
+        batches = self._batches(of_input)
         world = self.subject.world
         mine: dict[int, tuple[float, bool]] = {}
         hidden = disable_tqdm or not errors.is_terminal
@@ -122,11 +121,14 @@ class LatticeLM(TemplateLM):
                         self.cache_hook.add_partial("loglikelihood", texts, mine[index])
         return self._of_all(answers, mine)
 
-    def _batches(self, rows: list[Row]) -> list[list[Row]]:
+    def _batches(self, inputs: Iterable[Text]) -> list[list[Row]]:
         """Of as many inputs as were asked for, however many rows they are, and of one row at least."""
+        recurrence, cost = self.model.recurrence, self.model.components["backbone"].layer_cost
+        most = self.max_length if recurrence.rows_may_branch else 0
+        alone = (cost.project + cost.local + cost.finish) / (cost.attention * recurrence.slots)
         batches: list[list[Row]] = []
         room = 0
-        for row in sorted(rows, key=lambda row: row.size, reverse=True):
+        for row in sorted(rows(inputs, most, alone), key=lambda row: row.size, reverse=True):
             if not batches or len(row.texts) > room:
                 batches.append([])
                 room = self.batch_size

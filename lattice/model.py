@@ -106,8 +106,8 @@ class LanguageModel(nn.Module):
         """What the head turns into logits, (B, L, D), as in `forward`: for those who need few of them.
 
         With `branches` (B, L) a row holds several continuations of a context: the context's tokens, 0, and
-        then one continuation after the other, 1, 2 and so on. Each gets what it gets in a row of its own after
-        the context. Raises ValueError where the recurrence cannot do this.
+        then one continuation after the other, 1, 2 and so on. Each gets what it gets in a row of
+        its own after the context. Raises ValueError where the recurrence cannot do this.
         """
         if branches is not None and not self.recurrence.rows_may_branch:
             raise ValueError("branches: with this recurrence the tokens of a row depend on all of it")
