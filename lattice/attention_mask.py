@@ -1,7 +1,7 @@
 """From a mask component to what attention takes: causal order, booleans, or blocks for FlexAttention.
 
-Causal order over (token, stage), padding, and that a slot sees itself hold under every mask. They are added
-here, so that no kind can forget them.
+Causal order over (token, stage), padding, that a slot sees itself, and that continuations of one context do
+not see each other hold under every mask. They are added here, so that no kind can forget them.
 
 Shapes: B batch, Q queries, K keys.
 """
@@ -23,7 +23,7 @@ def allowed(mask: Mask, queries: Slots, keys: Slots) -> Tensor | None:
     """(B or 1, Q, K), True where a query may look; None where causal order over the slots says it all."""
     query, key = queries.queries(), keys.keys()
     further = mask.sees(query, key)
-    if further is None and key.real is None:
+    if further is None and key.real is None and key.branch is None:
         return None
     if further is not None:
         _check(mask, further, queries, keys)
@@ -37,8 +37,11 @@ def is_causal(mask: Mask, queries: Slots, keys: Slots) -> bool:
 
 
 def before_or_at(query: Side, key: Side) -> Tensor:
-    """The causal order: True where a key's (token, stage) is not after the query's."""
-    return (key.token < query.token) | ((key.token == query.token) & (key.stage <= query.stage))
+    """The causal order: True where a key's (token, stage) is not after the query's, in the query's text."""
+    before = (key.token < query.token) | ((key.token == query.token) & (key.stage <= query.stage))
+    if key.branch is None:
+        return before
+    return before & ((key.branch == 0) | (key.branch == query.branch))
 
 
 def _composed(query: Side, key: Side, further: Tensor | None) -> Tensor:
@@ -48,17 +51,20 @@ def _composed(query: Side, key: Side, further: Tensor | None) -> Tensor:
     if further is not None:
         seen = seen & further
     # A slot of padding would otherwise see nothing, and its softmax would be no number.
-    return seen | ((key.token == query.token) & (key.stage == query.stage))
+    itself = (key.token == query.token) & (key.stage == query.stage)
+    return seen | (itself if key.branch is None else itself & (key.branch == query.branch))
 
 
 def _rows(queries: Slots, keys: Slots) -> int:
     """The batch size, or 1 where all rows are alike."""
-    per_row = [queries.document_BS, queries.real_BS, keys.document_BS, keys.real_BS]
-    return max((len(values) for values in per_row if values is not None), default=1)
+    per_row = [
+        values for side in (queries, keys) for values in (side.token_BS, side.document_BS, side.real_BS)
+    ]
+    return max(len(values) for values in per_row if values is not None)
 
 
 def _check(mask: Mask, further: Tensor, queries: Slots, keys: Slots) -> None:
-    size = _rows(queries, keys), len(queries.token_S), len(keys.token_S)
+    size = _rows(queries, keys), len(queries.stage_S), len(keys.stage_S)
     fits = further.dim() == 3 and all(a in (1, b) for a, b in zip(further.shape, size, strict=True))
     if further.dtype != torch.bool or not fits:
         name = getattr(mask, "kind", type(mask).__name__)
@@ -73,9 +79,9 @@ def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> 
 
     On a GPU a mask that is not plain becomes a block mask; elsewhere, and for few queries, booleans.
     """
-    size = len(queries.token_S), len(keys.token_S)
+    size = len(queries.stage_S), len(keys.stage_S)
     whole = newest and size[0] == size[1]
-    if queries.token_S.device.type == "cuda" and size[0] >= BLOCKS_FROM:
+    if queries.stage_S.device.type == "cuda" and size[0] >= BLOCKS_FROM:
         plain = is_causal(mask, queries, keys)  # asked of every mask: it checks what sees() gives
         if not (whole and plain):
             return AttentionMask(causal=False, blocks=block_mask(mask, queries, keys))
@@ -102,7 +108,7 @@ def block_mask(mask: Mask, queries: Slots, keys: Slots) -> object:
         mask_mod,
         B=rows if rows > 1 else None,
         H=None,
-        Q_LEN=len(queries.token_S),
-        KV_LEN=len(keys.token_S),
-        device=queries.token_S.device,
+        Q_LEN=len(queries.stage_S),
+        KV_LEN=len(keys.stage_S),
+        device=queries.stage_S.device,
     )

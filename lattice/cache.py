@@ -105,7 +105,7 @@ class KVCache:
                 f"a cache of another layout: it holds {self.tokens} tokens, and {expected} stages of tokens "
                 f"{segment.first} to {segment.stop - 1}; slots of stage {segment.first_stage} cannot follow"
             )
-        self._starts[segment] = 0 if self.slots is None else len(self.slots.token_S)
+        self._starts[segment] = 0 if self.slots is None else len(self.slots.stage_S)
         self._stages[tokens] = segment.first_stage + segment.stages
         self.slots = slots if self.slots is None else self.slots.followed_by(slots)
         return self.slots

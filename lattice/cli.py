@@ -377,7 +377,7 @@ def eval_(
     overlap
         Tokens of context that each window of a long document takes from the one before it.
     batch
-        Rows at once.
+        Windows of documents, inputs of tasks, or texts to decode that are computed at once.
     samples
         A folder for every question with its answers.
     out

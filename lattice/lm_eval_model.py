@@ -2,12 +2,12 @@
 
     python -m lattice.lm_eval_model --model lattice --model_args run=runs/mine,thoughts=2 --tasks piqa
 
-The only file that imports lm-eval. Shapes: B requests, L tokens, N scored tokens, V vocabulary.
+The only file that imports lm-eval. Shapes: B rows, L tokens, N scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from rich.progress import track
 
+from lattice.branching import Row, Text, rows
 from lattice.console import errors
 from lattice.generate import Sampling
 from lattice.load import load_subject
@@ -101,28 +102,43 @@ class LatticeLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is what greedy decoding gives.
 
-        Requests whose input is the same, such as the one-token answers to one question, share one row; rows
-        of like length share a batch, the longest first.
+        Requests whose inputs begin alike, such as the answers to one question, share a row, where the
+        recurrence lets them; those with the same input always do. Rows of like length share a batch, the
+        longest first.
         """
         inputs = [tuple((context + scored)[-(self.max_length + 1) :][:-1]) for _, context, scored in requests]
-        of_input: dict[tuple[int, ...], list[int]] = {}
+        of_input: dict[Text, list[int]] = {}
         for index, ids in enumerate(inputs):
             of_input.setdefault(ids, []).append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        order = sorted(of_input, key=len, reverse=True)
-        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        batches = self._batches(of_input)
         world = self.subject.world
         mine: dict[int, tuple[float, bool]] = {}
         hidden = disable_tqdm or not errors.is_terminal
         own = batches[world.data_rank :: world.data_size]
         for batch in track(own, "scoring", console=errors, disable=hidden, transient=True):
-            for row, hidden_LD in zip(batch, self._hidden(batch), strict=True):
-                for index in of_input[row]:
+            for ids, hidden_LD in self._hidden(batch):
+                for index in of_input[ids]:
                     texts, scored = requests[index][0], requests[index][2]
-                    mine[index] = self._score(hidden_LD[: len(row)], scored)
+                    mine[index] = self._score(hidden_LD, scored)
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, mine[index])
         return [(score, greedy) for score, greedy in self._of_all(answers, mine)]
+
+    def _batches(self, inputs: Iterable[Text]) -> list[list[Row]]:
+        """Of as many inputs as were asked for, however many rows they are, and of one row at least."""
+        recurrence, cost = self.model.recurrence, self.model.components["backbone"].layer_cost
+        most = self.max_length if recurrence.rows_may_branch else 0
+        alone = (cost.project + cost.local + cost.finish) / (cost.attention * recurrence.slots)
+        batches: list[list[Row]] = []
+        room = 0
+        for row in sorted(rows(inputs, most, alone), key=lambda row: row.size, reverse=True):
+            if not batches or len(row.texts) > room:
+                batches.append([])
+                room = self.batch_size
+            batches[-1].append(row)
+            room -= len(row.texts)
+        return batches
 
     def _of_all(self, answers: list[T], mine: dict[int, T]) -> list[T]:
         """With several ranks each answers its share, and all get all: lm-eval sees one process."""
@@ -132,10 +148,17 @@ class LatticeLM(TemplateLM):
         return answers
 
     @torch.no_grad()
-    def _hidden(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Hidden states (B, L, D) that predict, rows padded on the right."""
+    def _hidden(self, rows: Sequence[Row]) -> Iterator[tuple[Text, torch.Tensor]]:
+        """Each input and its hidden states (L, D) that predict. Rows are padded on the right."""
+        ids_BL, real_BL = padded([row.ids for row in rows], self.subject.device)
+        branches_BL = None
+        if any(len(row.texts) > 1 for row in rows):
+            branches_BL, _ = padded([row.branches for row in rows], self.subject.device)
         with self.subject.autocast():
-            return self.model.hidden_states(*padded(rows, self.subject.device))
+            hidden_BLD = self.model.hidden_states(ids_BL, real_BL, branches=branches_BL)
+        for row, hidden_LD in zip(rows, hidden_BLD, strict=True):
+            for ids, places in zip(row.texts, row.places, strict=True):
+                yield ids, hidden_LD[places]
 
     @torch.no_grad()
     def _score(self, hidden_LD: torch.Tensor, scored: list[int]) -> tuple[float, bool]:

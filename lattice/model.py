@@ -100,9 +100,18 @@ class LanguageModel(nn.Module):
         loss_sum, count = self.loss.total(hidden_ND, self.decoder.head, targets.flatten())
         return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry, passes=stack.passes)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What the head turns into logits, (B, L, D), as in `forward`: for those who need few of them."""
-        return self._unrolled(input_ids, attention_mask)[1].hidden_BLD
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, branches: Tensor | None = None
+    ) -> Tensor:
+        """What the head turns into logits, (B, L, D), as in `forward`: for those who need few of them.
+
+        With `branches` (B, L) a row holds several continuations of a context: the context's tokens, 0, and
+        then one continuation after the other, 1, 2 and so on. Each gets what it gets in a row of
+        its own after the context. Raises ValueError where the recurrence cannot do this.
+        """
+        if branches is not None and not self.recurrence.rows_may_branch:
+            raise ValueError("branches: with this recurrence the tokens of a row depend on all of it")
+        return self._unrolled(input_ids, attention_mask, branches=branches)[1].hidden_BLD
 
     def _unrolled(
         self,
@@ -110,9 +119,10 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None,
         documents: Tensor | None = None,
         draw: Draw | None = None,
+        branches: Tensor | None = None,
     ) -> tuple[Stack, Unrolled]:
         self._check_length(input_ids.shape[1])
-        stack = self._stack(Tokens.of(input_ids, attention_mask, documents))
+        stack = self._stack(Tokens.of(input_ids, attention_mask, documents, branches))
         return stack, self.unroll(stack, stack.mine(input_ids), draw=draw)
 
     @torch.no_grad()

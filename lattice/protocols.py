@@ -119,6 +119,12 @@ class Recurrence(Protocol):
         """Whether the parallel evaluation is the definition itself, so that prefill may use it."""
         return True
 
+    @property
+    def rows_may_branch(self) -> bool:
+        """Whether what a token gets depends at evaluation on the tokens that it sees alone, so that a row may
+        hold several continuations of one context. Not where an iteration stops for a whole row."""
+        return True
+
     @abstractmethod
     def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         """What is computed of each token: in a training step, in the mean over the draws, or at evaluation,

@@ -4,6 +4,9 @@ With n stages a token, slot (t, i) lies at index t·n + i: `x_0 z¹_0 … x_1 z�
 its position id, its document and its padding. Order over (token, stage) is the causal order, whether
 the slots come from one interleaved pass, from one stage alone, or from a cache.
 
+A row may branch: tokens of a context come first, then those of one continuation after the other, each of
+which goes on where the context ends and sees the context and itself.
+
 Shapes: B batch, L tokens, S slots, Q queries, K keys.
 """
 
@@ -21,21 +24,28 @@ from torch import Tensor
 class Tokens:
     """What a batch says about its tokens."""
 
-    index_L: Tensor
-    """Place of each token in its sequence, counting those in the cache."""
+    index_BL: Tensor
+    """Place of each token in its text, counting those in the cache; (1, L) where no row branches."""
     stop: int
-    """The place after the last token's."""
+    """Tokens of a row up to the last of these."""
     position_BL: Tensor
     """Position ids, (1, L) where all rows agree."""
     document_BL: Tensor | None = None
     """Document numbers; None where every row is one document."""
     real_BL: Tensor | None = None
     """False for padding; None where nothing is padded."""
+    branch_BL: Tensor | None = None
+    """Number of the continuation that a token is of, 0 for the context, -1 for padding; None where no row
+    branches."""
+
+    @property
+    def length(self) -> int:
+        return self.index_BL.shape[1]
 
     @property
     def first(self) -> int:
-        """The place of the first token."""
-        return self.stop - len(self.index_L)
+        """Tokens of a row before these."""
+        return self.stop - self.length
 
     def part(self, at: slice) -> Tokens:
         """Some consecutive ones of them."""
@@ -43,15 +53,22 @@ class Tokens:
         def cut(values: Tensor | None) -> Any:
             return None if values is None else values[..., at]
 
-        index_L = self.index_L[at]
-        stop = self.first + range(len(self.index_L))[at].stop
-        return Tokens(index_L, stop, cut(self.position_BL), cut(self.document_BL), cut(self.real_BL))
+        stop = self.first + range(self.length)[at].stop
+        return Tokens(
+            cut(self.index_BL),
+            stop,
+            cut(self.position_BL),
+            cut(self.document_BL),
+            cut(self.real_BL),
+            cut(self.branch_BL),
+        )
 
     @staticmethod
     def of(
         ids_BL: Tensor,
         attention_mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
+        branches_BL: Tensor | None = None,
         *,
         first: int = 0,
         past_real_B: Tensor | None = None,
@@ -60,17 +77,34 @@ class Tokens:
 
         `first` tokens, `past_real_B` of them real in each row, came before (they are in a cache).
         """
-        length = ids_BL.shape[1]
-        index_L = torch.arange(first, first + length, device=ids_BL.device)
-        if attention_mask_BL is None and past_real_B is None:
-            return Tokens(index_L, first + length, index_L[None], documents_BL)
-        real_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-        if attention_mask_BL is not None:
-            real_BL = attention_mask_BL.to(ids_BL.device).bool()
-        counted_BL = real_BL.long().cumsum(dim=1) - 1
-        if past_real_B is not None:
-            counted_BL = counted_BL + past_real_B[:, None]
-        return Tokens(index_L, first + length, counted_BL.clamp(min=0), documents_BL, real_BL)
+        stop = first + ids_BL.shape[1]
+        index_BL = torch.arange(first, stop, device=ids_BL.device)[None]
+        position_BL, real_BL = index_BL, None
+        if attention_mask_BL is not None or past_real_B is not None:
+            real_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+            if attention_mask_BL is not None:
+                real_BL = attention_mask_BL.to(ids_BL.device).bool()
+            position_BL = real_BL.long().cumsum(dim=1) - 1
+            if past_real_B is not None:
+                position_BL = position_BL + past_real_B[:, None]
+            position_BL = position_BL.clamp(min=0)
+        if branches_BL is not None:
+            branches_BL = branches_BL.to(ids_BL.device)
+            if real_BL is not None:
+                branches_BL = branches_BL.masked_fill(~real_BL, -1)
+            index_BL = _along_texts(index_BL, branches_BL)
+            position_BL = _along_texts(position_BL, branches_BL)
+        return Tokens(index_BL, stop, position_BL, documents_BL, real_BL, branches_BL)
+
+
+def _along_texts(count_BL: Tensor, branch_BL: Tensor) -> Tensor:
+    """From a count along whole rows that along each token's text: a continuation goes on from the context."""
+    starts_BL = torch.ones_like(branch_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = branch_BL[:, 1:] != branch_BL[:, :-1]
+    start_BL = torch.where(starts_BL, count_BL, 0).cummax(dim=1).values
+    of_context_BL = branch_BL == 0
+    context_B1 = torch.where(of_context_BL, count_BL + 1, 0).amax(dim=1, keepdim=True)
+    return torch.where(of_context_BL, count_BL, count_BL - start_BL + context_B1)
 
 
 @dataclass(frozen=True)
@@ -78,14 +112,16 @@ class Side:
     """One side of pairs of slots, queries or keys, in shapes that broadcast against the other side's."""
 
     token: Tensor
-    """Place of the token in its sequence."""
+    """Place of the token in its text."""
     stage: Tensor
     document: Tensor | None
     """Number of the document; None where every row is one."""
     real: Tensor | None
     """False for padding; None where nothing is padded."""
+    branch: Tensor | None
+    """Number of the continuation, 0 for the context; None where no row branches."""
     stop: int
-    """The place after the last token's."""
+    """Tokens of a row; no place is higher."""
     last_stage: int
     """The highest stage of any slot on this side."""
 
@@ -94,13 +130,15 @@ class Side:
 class Slots:
     """Which token and stage each slot belongs to, and what holds for that token."""
 
-    token_S: Tensor
+    token_BS: Tensor
+    """Place of the token in its text; (1, S) where no row branches."""
     stop: int
-    """The place after the last token's."""
+    """Tokens of a row up to the last of these."""
     stage_S: Tensor
     position_BS: Tensor
     document_BS: Tensor | None = None
     real_BS: Tensor | None = None
+    branch_BS: Tensor | None = None
     last_stage: int = 0
     """The highest stage of any slot."""
 
@@ -111,14 +149,15 @@ class Slots:
         def spread(values: Tensor | None) -> Any:
             return None if values is None else values.repeat_interleave(stages, dim=-1)
 
-        stage_n = torch.arange(first_stage, first_stage + stages, device=tokens.index_L.device)
+        stage_n = torch.arange(first_stage, first_stage + stages, device=tokens.index_BL.device)
         return Slots(
-            spread(tokens.index_L),
+            spread(tokens.index_BL),
             tokens.stop,
-            stage_n.repeat(len(tokens.index_L)),
+            stage_n.repeat(tokens.length),
             spread(tokens.position_BL),
             spread(tokens.document_BL),
             spread(tokens.real_BL),
+            spread(tokens.branch_BL),
             first_stage + stages - 1,
         )
 
@@ -139,27 +178,29 @@ class Slots:
             return None if values is None else take(values)
 
         return Side(
-            token=take(self.token_S[None]),
+            token=take(self.token_BS),
             stage=take(self.stage_S[None]),
             document=maybe(self.document_BS),
             real=maybe(self.real_BS),
+            branch=maybe(self.branch_BS),
             stop=self.stop,
             last_stage=self.last_stage,
         )
 
     def part(self, start: int, end: int, stop: int) -> Slots:
-        """The slots at indices start .. end - 1; `stop` is the place after their last token."""
+        """The slots at indices start .. end - 1; their last token is the row's `stop`-th."""
 
         def cut(values: Tensor | None) -> Any:
             return None if values is None else values[..., start:end]
 
         return Slots(
-            cut(self.token_S),
+            cut(self.token_BS),
             stop,
             cut(self.stage_S),
             cut(self.position_BS),
             cut(self.document_BS),
             cut(self.real_BS),
+            cut(self.branch_BS),
             self.last_stage,
         )
 
@@ -174,11 +215,12 @@ class Slots:
             return torch.cat([ours.expand(rows, -1), theirs.expand(rows, -1)], dim=1)
 
         return Slots(
-            torch.cat([self.token_S, more.token_S]),
+            join(self.token_BS, more.token_BS),
             max(self.stop, more.stop),
             torch.cat([self.stage_S, more.stage_S]),
             join(self.position_BS, more.position_BS),
             join(self.document_BS, more.document_BS),
             join(self.real_BS, more.real_BS),
+            join(self.branch_BS, more.branch_BS),
             max(self.last_stage, more.last_stage),
         )

@@ -65,7 +65,7 @@ class Stack:
         self._checkpointing = checkpointing
         self._split = split
         self._all = tokens
-        self._tokens = tokens if self._split is None else tokens.part(self._split.part(len(tokens.index_L)))
+        self._tokens = tokens if self._split is None else tokens.part(self._split.part(tokens.length))
         self._masks: dict[Segment, AttentionMask] = {}
         # Those of a cache go when it goes: the next one may get its place in memory, and so its id.
         self._cached: WeakKeyDictionary[KVCache, dict[tuple[Segment, int], AttentionMask]]

@@ -1,11 +1,12 @@
 """Recurrences with one mistake each, to see that the check meant for it says so."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lattice import register
+from lattice.components.recurrence.depth import Depth, Repetitions
 from lattice.protocols import Pass, Recurrence, Unroll, Unrolled
 
 
@@ -127,3 +128,13 @@ class HiddenWeight(Again):
 class WrongShape(Again):
     def forward(self, stack, ids_BL, *, draw=None, cache=None):
         return Unrolled(super().forward(stack, ids_BL, draw=draw, cache=cache).hidden_BLD[:, :, None])
+
+
+@register("recurrence", "unsaid_stop")
+@dataclass(frozen=True, kw_only=True)
+class UnsaidStop(Depth):
+    """Stops when a whole row has converged, and lets rows branch nevertheless."""
+
+    tolerance: float | None = 1e-3
+    repetitions: Repetitions = field(default_factory=lambda: Repetitions(train=(1, 2), eval=12))
+    rows_may_branch = True

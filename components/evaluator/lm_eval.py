@@ -23,7 +23,7 @@ class LMEval(Evaluator):
     limit: int | None = None
     """Questions of each task; all if not given."""
     batch: int = 16
-    """Rows that are scored at once."""
+    """Inputs that are scored at once, and texts that are decoded at once."""
     every: int = 0
     """Steps between evaluations; 0 for the end only."""
 

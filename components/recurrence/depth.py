@@ -81,6 +81,10 @@ class Depth(Recurrence):
     def parallel_is_exact(self) -> bool:
         return self.tolerance is None
 
+    @property
+    def rows_may_branch(self) -> bool:
+        return self.tolerance is None
+
     def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         core = shape.num_layers - self.prelude - self.coda
         inject = 4 * shape.hidden_size**2 if self.inject == "concat" else 0

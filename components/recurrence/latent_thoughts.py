@@ -90,6 +90,10 @@ class LatentThoughts(Recurrence):
     def parallel_is_exact(self) -> bool:
         return self.thoughts == 0
 
+    @property
+    def rows_may_branch(self) -> bool:
+        return self.tolerance is None
+
     def passes(self, shape: Shape, *, training: bool) -> list[Pass]:
         if self.thoughts == 0:
             return [Pass()]

@@ -20,6 +20,7 @@ from lattice.testing.counted import operations, slots_of
 from lattice.testing.subject import (
     BACKBONES,
     CONTEXT,
+    EXACT,
     LAYERS,
     VOCABULARY,
     Subject,
@@ -130,6 +131,22 @@ def documents(subject: Subject) -> str | None:
     return None
 
 
+def branches(subject: Subject) -> str | None:
+    """Continuations that share a row with their context get what they get alone, where rows may branch."""
+    if not subject.component.rows_may_branch:
+        return None
+    model = subject.model()
+    for numbers in ([0, 1, 2], [0, 0, 1, 1, 2], [0, 0, 0, 1, 2, 2, 3]):
+        ids, branch = subject.ids(1, len(numbers)), torch.tensor([numbers])
+        together = model.hidden_states(ids, branches=branch)
+        for number in range(1, max(numbers) + 1):
+            text = (branch[0] == 0) | (branch[0] == number)
+            gap = difference(together[0, text], model.hidden_states(ids[:, text])[0])
+            if gap > EXACT:
+                return f"branches {numbers}: hidden states of continuation {number} differ by {gap:.1e}"
+    return None
+
+
 def gradients(subject: Subject) -> str | None:
     """The loss of a training step has a finite gradient for every parameter."""
     model, ids = subject.model(), subject.ids(2, 6)
@@ -188,7 +205,7 @@ def cost(subject: Subject) -> str | None:
             return f"evaluation takes {done:g} operations a token at L={length}, declared are {costs:g}"
     _, cache = model.prefill(ids)
     assert cache.slots is not None
-    entries = len(cache.slots.token_S) / length
+    entries = len(cache.slots.stage_S) / length
     if entries != subject.component.slots:
         return f"a token takes {entries:g} slots of the cache, declared are {subject.component.slots}"
     return None

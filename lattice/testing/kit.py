@@ -18,6 +18,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "cached decoding": checks.cached_decoding,
     "batch and padding": checks.batch_and_padding,
     "documents": checks.documents,
+    "branches": checks.branches,
     "gradients": checks.gradients,
     "determinism": checks.determinism,
     "cost": checks.cost,

@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lattice import harness
+from lattice.assemble import build_model
 from lattice.components.evaluator.documents import Documents
 from lattice.hf.export import export
 from lattice.lm_eval_model import LatticeLM
@@ -81,12 +84,12 @@ def tasks(tmp_path_factory):
             },
         ),
     }
-    for name, (docs, settings) in files.items():
+    for name, (docs, task) in files.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
         source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
         (folder / f"{name}.yaml").write_text(
-            json.dumps({"task": name, **source, "test_split": "test", **settings})
+            json.dumps({"task": name, **source, "test_split": "test", **task})
         )
     return folder
 
@@ -143,6 +146,77 @@ def test_requests_in_a_batch_score_as_they_do_alone(runs, batch_size):
             sum(float(row[token]) for row, token in zip(logs_LV, answer, strict=True)), abs=1e-4
         )
         assert greedy == (logs_LV.argmax(-1).tolist() == answer)
+
+
+RECURRENCES = [
+    {"kind": "none"},
+    {"kind": "pause", "pauses": 2},
+    {"kind": "loop"},
+    {"kind": "ponder", "steps": 2},
+    {"kind": "hidden_ponder", "steps": 1},
+    {"kind": "depth", "prelude": 0, "coda": 0},
+    {"kind": "latent_thoughts", "thoughts": 2, "position_ids": "fresh"},
+    {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
+]
+STOPS_EARLY = {"kind": "latent_thoughts", "jacobi": {"eval": 9}, "tolerance": 0.03}
+
+
+def untrained(runs, batch_size, **tables):
+    """Of a recurrence, and a list that gets the number of tokens of each batch it computes."""
+    model = build_model({"backbone": RECIPE["backbone"], "run": {"seed": 1}, **tables}).eval()
+    given, computed = model.hidden_states, []
+
+    def counted(ids_BL, real_BL, **options):
+        computed.append(ids_BL.numel() if real_BL is None else int(real_BL.sum()))
+        return given(ids_BL, real_BL, **options)
+
+    model.hidden_states = counted
+    subject = replace(load_subject(runs["plain"], device="cpu"), model=model)
+    return LatticeLM(subject, batch_size=batch_size), computed
+
+
+def tokens(least, most):
+    return st.lists(st.integers(0, 3), min_size=least, max_size=most)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    recurrence=st.sampled_from([*RECURRENCES, STOPS_EARLY]),
+    mask=st.sampled_from([{"kind": "causal"}, {"kind": "document", "window": 5, "thoughts": "last"}]),
+    questions=st.lists(
+        st.tuples(tokens(1, 40), st.lists(tokens(1, 12), min_size=1, max_size=5)), min_size=1, max_size=3
+    ),
+    batch_size=st.integers(1, 8),
+)
+def test_answers_to_one_question_score_as_they_do_alone(runs, recurrence, mask, questions, batch_size):
+    """Whatever the recurrence, where it may share a row and where not, and where some are too long."""
+    model, _ = untrained(runs, batch_size, recurrence=recurrence, mask=mask)
+    requests = [(None, context, answer) for context, answers in questions for answer in answers]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (total, greedy), (_, context, answer) in zip(found, requests, strict=True):
+        ids = (context + answer)[-49:]
+        with torch.no_grad():
+            logits_LV = model.model(torch.tensor([ids[:-1]])).logits[0, -len(answer) :]
+        logs_LV = logits_LV.log_softmax(-1)
+        assert total == pytest.approx(float(logs_LV.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-5)
+        assert greedy == (logs_LV.argmax(-1).tolist() == answer)
+
+
+@pytest.mark.parametrize(
+    ("recurrence", "expected"), [*[(one, 20 + 4 * 2) for one in RECURRENCES], (STOPS_EARLY, 4 * 22)]
+)
+def test_a_context_is_computed_once(runs, recurrence, expected):
+    """But for a recurrence that looks at a row as a whole, and says so."""
+    model, computed = untrained(runs, 16, recurrence=recurrence)
+    question = list(range(20))
+    model._loglikelihood_tokens([(None, question, [30 + n, 3, 4]) for n in range(4)], disable_tqdm=True)
+    assert sum(computed) == expected
+
+
+def test_rows_that_cannot_branch_are_refused(runs):
+    model, _ = untrained(runs, 1, recurrence=STOPS_EARLY)
+    with pytest.raises(ValueError, match="branches: with this recurrence"):
+        model.model.hidden_states(torch.zeros(1, 2).long(), None, branches=torch.tensor([[0, 1]]))
 
 
 def test_a_request_that_is_too_long_keeps_its_end(runs):

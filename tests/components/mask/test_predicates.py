@@ -57,7 +57,7 @@ def by_hand(mask, real, document, queries, keys, row):
 def check(mask, real, document, queries, keys, rows):
     """Booleans and, where there are few pairs, the block mask: both against the definition."""
     answer = allowed(mask, queries, keys)
-    pairs = [list(zip(s.token_S.tolist(), s.stage_S.tolist(), strict=True)) for s in (queries, keys)]
+    pairs = [list(zip(s.token_BS[0].tolist(), s.stage_S.tolist(), strict=True)) for s in (queries, keys)]
     blocks = block_mask(mask, queries, keys)
     for row in range(rows):
         expected = by_hand(mask, real, document, *pairs, row)
@@ -77,7 +77,7 @@ def test_masks_of_one_pass(mask, layout):
     ids, real, document, stages = layout
     slots = Slots.interleaved(Tokens.of(ids, real, document), stages)
     order = [(t, s) for t in range(ids.shape[1]) for s in range(stages)]
-    assert list(zip(slots.token_S.tolist(), slots.stage_S.tolist(), strict=True)) == order
+    assert list(zip(slots.token_BS[0].tolist(), slots.stage_S.tolist(), strict=True)) == order
     check(mask, real, document, slots, slots, len(ids))
     fast = (
         real is None
@@ -116,7 +116,7 @@ def test_masks_against_a_cache(mask, layout, data):
     keys = queries
     if cut:
         keys = Slots.interleaved(tokens_from(0, cut), stages).followed_by(queries)
-        torch.testing.assert_close(keys.token_S, cached.token_S)
+        torch.testing.assert_close(keys.token_BS, cached.token_BS)
     check(mask, real, document, queries, keys, rows)
 
     stage = data.draw(st.integers(0, stages - 1))
@@ -127,6 +127,44 @@ def test_masks_against_a_cache(mask, layout, data):
     for more in swept[1:]:
         swept[0] = swept[0].followed_by(more)
     check(mask, real, document, Slots.interleaved(whole, 1, first_stage=stage), swept[0], rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mask=masks(),
+    rows=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3),
+    left=st.integers(0, 2),
+    stages=st.integers(1, 3),
+)
+def test_a_text_of_a_row_that_branches_sees_what_it_sees_alone(mask, rows, left, stages):
+    """`rows` are the lengths of a context and of its continuations; padding is on both sides."""
+    branch = torch.zeros(len(rows), left + max(map(sum, rows)), dtype=torch.long)
+    real = torch.zeros_like(branch)
+    for row, lengths in enumerate(rows):
+        numbers = [number for number, length in enumerate(lengths) for _ in range(length)]
+        branch[row, left : left + len(numbers)] = torch.tensor(numbers)
+        real[row, left : left + len(numbers)] = 1
+    tokens = Tokens.of(torch.zeros_like(branch), None if real.all() else real, None, branch)
+    slots = Slots.interleaved(tokens, stages)
+    seen, blocks = allowed(mask, slots, slots), block_mask(mask, slots, slots)
+    for row, lengths in enumerate(rows):
+        for number in range(len(lengths)):
+            text = real[row].bool() & ((branch[row] == 0) | (branch[row] == number))
+            alone = Tokens.of(torch.zeros(1, int(text.sum()), dtype=torch.long))
+            torch.testing.assert_close(tokens.position_BL[row, text][None], alone.position_BL)
+            same = Slots.interleaved(alone, stages)
+            expected = allowed(mask, same, same)
+            if expected is None:
+                expected = before_or_at(same.queries(), same.keys())
+            of_text = text.repeat_interleave(stages)
+            torch.testing.assert_close(seen[row, of_text][:, of_text], expected[0])
+            if number or len(lengths) == 1:  # a context is seen by all
+                last = int(of_text.nonzero().max())
+                assert not seen[row, last, ~of_text].any()
+                there = [
+                    blocks.mask_mod(*map(torch.tensor, (row, 0, last, key))) for key in range(len(of_text))
+                ]
+                torch.testing.assert_close(torch.stack(there).flatten(), seen[row, last])
 
 
 @pytest.mark.parametrize("length", [5, 130])

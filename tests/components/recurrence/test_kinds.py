@@ -225,7 +225,7 @@ def test_depth_exits_when_a_token_has_converged(backbone):
         passes.append(len(counts))
         errors.append((logits - whole(ids[:, : at + 1]).logits[:, -1]).abs().max().item())
     assert all(1 < count < 40 for count in passes)
-    assert all(len(cache.of_pass(index).slots.token_S) == 6 for index in range(40))
+    assert all(len(cache.of_pass(index).slots.stage_S) == 6 for index in range(40))
     assert max(errors) < 0.5
     tight = tiny(backbone, {**KINDS["depth_exit"], "tolerance": 1e-12})
     torch.testing.assert_close(stepwise(tight, ids), whole(ids).logits, atol=1e-8, rtol=0)

@@ -102,7 +102,7 @@ def test_enough_iterations_give_the_sequential_definition(backbone, lengths, tho
         there = real[:, end - 1]
         torch.testing.assert_close(logits[there], parallel[there, end - 1], atol=1e-10, rtol=1e-10)
         assert cache.tokens == end
-        assert len(cache.slots.token_S) == end * (thoughts + 1)
+        assert len(cache.slots.stage_S) == end * (thoughts + 1)
 
     if padded:  # each row is what it is alone
         for row, length in enumerate(lengths):
