@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids (B, L), padded on the right, and which are real (B, L) as 1 and 0; None where all are."""
+    """Token ids, or other numbers of tokens (B, L), padded on the right, and which are real (B, L), 1 and 0;
+    None where all are."""
     ids_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths_B1 = torch.tensor([[len(row)] for row in rows])
     real_BL = torch.arange(ids_BL.shape[1]) < lengths_B1

@@ -67,7 +67,7 @@ def test_the_pytest_file(files):
         cwd=files,
     )
     assert done.returncode == 0, done.stdout
-    assert "10 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 def test_the_options_check_themselves(files):
