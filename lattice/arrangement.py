@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lattice.memory import StepMemory
 from lattice.protocols import Backbone, Parallel
 from lattice.recipe import Recipe, RecipeError
 
@@ -52,6 +53,16 @@ def arranged(recipe: Recipe, size: int) -> Arrangement:
     if problems:
         raise RecipeError(problems)
     return Arrangement(rows, share // rows)
+
+
+def rank_memory(recipe: Recipe, alone: StepMemory, size: int, room: float) -> tuple[StepMemory, bool]:
+    """Memory of a rank in a step that takes `alone` in one process, and whether all weights and gradients
+    are there throughout: they are if that fits into `room` bytes."""
+    parallel: Parallel = recipe.component("parallel")
+    gathered = parallel.memory(alone, size, gathered=True)
+    if gathered.total <= room:
+        return gathered, True
+    return parallel.memory(alone, size, gathered=False), False
 
 
 def _of_option(recipe: Recipe, problem: str) -> str:

@@ -122,7 +122,6 @@ class Workload:
         self.seconds.append(clock.seconds)
 
     def _ready(self) -> Callable[[Clock], None]:
-        decoding = self.options.mode == "decode"
         torch.manual_seed(self.case.recipe.run.seed)
         self.model = build_model(self.case.recipe)
         self.precision.apply(self.model)
@@ -137,10 +136,12 @@ class Workload:
             self.optimizer = self.case.recipe.component("optimizer").build(self.model)
             return self._train
         self.model.eval()
-        if decoding and self.rows == 1:
+        if self.options.mode == "eval":
+            return self._evaluate
+        if self.rows == 1:
             with self.precision.autocast(self.device):
                 lay_out(self.model)
-        return self._evaluate if not decoding else self._decode
+        return self._decode
 
     def _train(self, clock: Clock) -> None:
         with clock("data"):

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lattice.arrangement import arranged
+from lattice.arrangement import Arrangement, arranged, rank_memory
 from lattice.communication import Traffic, traffic
 from lattice.hardware import GPU
 from lattice.ledger import Ledger, ledger
 from lattice.memory import StepMemory, step_memory
-from lattice.protocols import Parallel
 from lattice.recipe import Recipe, load_recipe
 from lattice.thought_counts import with_thoughts
 
@@ -72,12 +71,12 @@ class Setting:
 def plan(recipe: Recipe, thoughts: Sequence[int], target: Target) -> Iterator[Setting]:
     """Every thought count with every kind of checkpointing. Raises ValueError for a count that the recurrence
     cannot have, RecipeError for a batch or model that so many GPUs cannot divide."""
-    arranged(recipe, target.gpus)  # names the recipe's lines, which its variants have no more
+    ranks = arranged(recipe, target.gpus)
     counted = {count: with_thoughts(recipe, count) for count in thoughts}
     for count, thinking in counted.items():
         for name, table in CHECKPOINTING.items():
             chosen = load_recipe({**thinking.table(), "activation_checkpoint": table})
-            yield _setting(count, name, chosen, target)
+            yield _setting(count, name, chosen, target, ranks)
 
 
 def cheapest(settings: Sequence[Setting]) -> Setting | None:
@@ -86,16 +85,11 @@ def cheapest(settings: Sequence[Setting]) -> Setting | None:
     return min(fitting, key=lambda one: (one.gpu_hours, one.memory.total), default=None)
 
 
-def _setting(count: int, name: str, recipe: Recipe, target: Target) -> Setting:
+def _setting(count: int, name: str, recipe: Recipe, target: Target, ranks: Arrangement) -> Setting:
     run = recipe.run
-    parallel: Parallel = recipe.component("parallel")
-    ranks = arranged(recipe, target.gpus)
     alone = step_memory(recipe, rows=ranks.rows, length=run.sequence_tokens)
     room = (1 - target.reserve) * target.gpu.memory
-    memory = parallel.memory(alone, target.gpus, gathered=True)
-    gathered = memory.total <= room
-    if not gathered:
-        memory = parallel.memory(alone, target.gpus, gathered=False)
+    memory, gathered = rank_memory(recipe, alone, target.gpus, room)
     costs = ledger(recipe)
     operations = costs.training_operations + costs.repeated_operations
     rate = target.gpus * target.gpu.peak * target.utilization / operations

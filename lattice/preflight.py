@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from lattice.arrangement import arranged
+from lattice.arrangement import arranged, rank_memory
 from lattice.assemble import build_model, choose_device
 from lattice.console import say
 from lattice.hf import init_from
@@ -73,17 +73,14 @@ def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[st
     else:
         present, where = psutil.virtual_memory().available // world.launch.local_size, "this machine"
         where += f", for each of {world.launch.local_size} ranks," if world.launch.local_size > 1 else ""
-    parallel: Parallel = recipe.component("parallel")
     alone, complete = _predicted(recipe, world, present)
-    of_rank = {gathered: parallel.memory(alone, world.size, gathered=gathered) for gathered in (False, True)}
-    needed = min(memory.total for memory in of_rank.values())
-    if needed <= present:
-        return [], of_rank[True].total <= present if complete else None
-    least = min(of_rank.values(), key=lambda memory: memory.total)
-    parts = {name: size for name, size in asdict(least).items() if size}
+    memory, gathered = rank_memory(recipe, alone, world.size, present)
+    if memory.total <= present:
+        return [], gathered if complete else None
+    parts = {name: size for name, size in asdict(memory).items() if size}
     detail = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     return [
-        f"too little memory: needs at least {needed / 2**30:.1f} GiB ({detail}), {where} has "
+        f"too little memory: needs at least {memory.total / 2**30:.1f} GiB ({detail}), {where} has "
         f"{present / 2**30:.1f} GiB free. Lower run.micro_batch or the backbone's sizes with --set, choose "
         "another activation_checkpoint.kind (lattice plan compares them), or use a larger machine"
     ], None

@@ -115,6 +115,7 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         return self._model.decoder.head
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Refused: transformers calls it to resize the vocabulary, which the recipe's tables fix."""
         raise NotImplementedError("the number of tokens is fixed: set backbone.vocab_size when training")
 
     set_output_embeddings = set_input_embeddings
