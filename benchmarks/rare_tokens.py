@@ -2,7 +2,7 @@
 or is to be predicted; and how much of the token that was read is left in the state that predicts.
 
     python benchmarks/rare_tokens.py runs/vocabulary/plain/seed0 runs/vocabulary/latent/seed0 \
-        --out benchmarks/results/study/rare_tokens.jsonl
+        --trust-imports --out benchmarks/results/study/rare_tokens.jsonl
 
 Shapes: B batch, L tokens, N tokens of all batches, V vocabulary, D hidden.
 """
@@ -26,10 +26,10 @@ RANKS = (0, 8, 32, 128, 512, 1024, 2048)
 
 
 @torch.no_grad()
-def read(run: Path, tokens: int) -> dict[str, Tensor]:
+def read(run: Path, tokens: int, trust_imports: bool) -> dict[str, Tensor]:
     """Of every held-out token (N): what was read, what followed, its loss, and the cosine of the predicting
     state with the embedding of what was read, both without their means."""
-    subject = load_subject(run, device="cpu")
+    subject = load_subject(run, device="cpu", trust_imports=trust_imports)
     model, found = subject.model, list[tuple[Tensor, ...]]()
     for batch in subject.source.validation(tokens):
         with subject.autocast():
@@ -52,8 +52,8 @@ def read(run: Path, tokens: int) -> dict[str, Tensor]:
     }
 
 
-def rows(runs: list[Path], tokens: int) -> Iterator[dict[str, Any]]:
-    found = [read(run, tokens) for run in runs]
+def rows(runs: list[Path], tokens: int, trust_imports: bool) -> Iterator[dict[str, Any]]:
+    found = [read(run, tokens, trust_imports) for run in runs]
     yield {"cosine with the embedding": [round(float(one["cosine"].mean()), 4) for one in found]}
     counts_V = torch.bincount(found[0]["predicted"])
     rank_V = counts_V.argsort(descending=True).argsort()
@@ -78,9 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs=2, type=Path)
     parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--trust-imports", action="store_true", help="import the code that the runs name")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    lines = [json.dumps(row) for row in rows(options.runs, options.tokens)]
+    found = rows(options.runs, options.tokens, options.trust_imports)
+    lines = [json.dumps(row) for row in found]
     print("\n".join(lines))
     if options.out is not None:
         options.out.write_text("".join(f"{line}\n" for line in lines))
