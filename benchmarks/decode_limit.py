@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lattice
 from lattice.console import table
-from lattice.one_row import fast_products, lay_out
+from lattice.one_row import fast_products
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "llama_125m_lt.toml"
 PROMPT = 32
@@ -55,8 +55,7 @@ def measured(dtype: torch.dtype, thoughts: int, repetitions: int) -> list[str]:
             linear(x_B1D)
 
     many = least(alone, repetitions)
-    lay_out(model)
-    with fast_products(linears[0][1]):
+    with torch.no_grad(), fast_products(linears[0][1]):
         one = least(alone, repetitions)
     _, cache = model.prefill(torch.zeros(1, PROMPT, dtype=torch.int64), parallel=True)
     token_B1 = torch.zeros(1, 1, dtype=torch.int64)

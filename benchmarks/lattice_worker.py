@@ -11,7 +11,6 @@ from worker_protocol import NEW_TOKENS, serve
 
 import lattice
 from lattice.draws import Draw
-from lattice.one_row import lay_out
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -56,7 +55,6 @@ def decoding(thoughts: str, precision: str, batch: str, length: str) -> Callable
     model = lattice.build_model(recipe).eval()
     if precision == "bf16":
         model = model.to(torch.bfloat16)
-    lay_out(model)
     ids_BL = torch.randint(50_000, (int(batch), int(length)), generator=torch.Generator().manual_seed(0))
     # The reference finds the prompt's thoughts by its solver too, all tokens at once.
     return lambda: lattice.generate(model, ids_BL, NEW_TOKENS, parallel_prefill=True)

@@ -27,7 +27,6 @@ from lattice.draws import Draw
 from lattice.generate import stream
 from lattice.ledger import Ledger, ledger
 from lattice.live_tensors import LiveTensors
-from lattice.one_row import lay_out
 from lattice.options import to_table
 from lattice.protocols import Precision
 from lattice.recipe import Recipe
@@ -138,9 +137,6 @@ class Workload:
         self.model.eval()
         if self.options.mode == "eval":
             return self._evaluate
-        if self.rows == 1:
-            with self.precision.autocast(self.device):
-                lay_out(self.model)
         return self._decode
 
     def _train(self, clock: Clock) -> None:

@@ -482,7 +482,6 @@ def generate(
     """
     from lattice.generate import Sampling
     from lattice.load import codec_of, load
-    from lattice.one_row import lay_out
     from lattice.prompts import read_prompts, unfinished
     from lattice.report import stream_text, write_completions
     from lattice.text_generation import completions
@@ -495,8 +494,6 @@ def generate(
     codec = codec_of(run, trust_imports=trust_imports)
     model = load(run, overrides=set_ or [], device=device, trust_imports=trust_imports)
     parallel = prefill == "parallel"
-    if min(batch, len(left)) == 1:
-        lay_out(model)
     if prompt is not None and len(prompt) == 1 and out is None:
         stream_text(
             model, codec, prompt[0], max_new_tokens, sampling, stop=stop or [], parallel_prefill=parallel

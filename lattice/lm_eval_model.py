@@ -22,7 +22,6 @@ from lattice.branching import Row, Text, rows
 from lattice.console import errors
 from lattice.generate import Sampling
 from lattice.load import load_subject
-from lattice.one_row import lay_out
 from lattice.padding import padded
 from lattice.protocols import EvaluationSubject
 from lattice.text_generation import complete
@@ -63,9 +62,6 @@ class LatticeLM(TemplateLM):
                 device=device or "auto",
                 trust_imports=trust_imports,
             )
-            if self.batch_size == 1:
-                with run.autocast():
-                    lay_out(run.model)
         self.subject = run
         self.model, self.codec = run.model, run.codec
         self.max_length = self.model.shape.context

@@ -7,14 +7,16 @@ Shapes: B batch, D features, H query heads, G key/value heads, S slots, E head s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lattice.transient import product_dtype
 
@@ -22,16 +24,42 @@ from lattice.transient import product_dtype
 @contextmanager
 def fast_products(x_D: Tensor) -> Iterator[None]:
     """For linears of `x_D` (…, D). Of one row, on a CPU: torch's own bfloat16 product reads twice as fast as
-    oneDNN's, which is the faster one from three rows on."""
+    oneDNN's, which is the faster one from three rows on; and float32 is computed in parts."""
     switch: Any = torch.backends.mkldnn
     if x_D.device.type != "cpu" or x_D.numel() != x_D.shape[-1] or not switch.enabled:
         yield
         return
+    in_parts = product_dtype(x_D) == torch.float32 and not torch.is_grad_enabled()
     switch.enabled = False
     try:
-        yield
+        with _InParts() if in_parts else nullcontext():
+            yield
     finally:
         switch.enabled = True
+
+
+class _InParts(TorchFunctionMode):
+    """Linears of one row as a batch of products, each with some of the outputs: MKL's batched product reads
+    twice as fast as its matrix times vector, and on all threads, where that one has one."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.linear and not kwargs and (product := _product_in_parts(*args)) is not None:
+            return product
+        return function(*args, **(kwargs or {}))
+
+
+def _product_in_parts(x_D: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """None for what this is not for."""
+    parts = math.gcd(len(weight), max(2, torch.get_num_threads()))
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
+    single = product_dtype(x_D) == x_D.dtype == weight.dtype == torch.float32
+    if parts == 1 or not plain or not single or x_D.numel() != x_D.shape[-1]:
+        return None
+    columns = x_D.reshape(1, -1, 1).expand(parts, -1, 1)
+    product = torch.bmm(weight.view(parts, -1, weight.shape[1]), columns).view(*x_D.shape[:-1], -1)
+    return product if bias is None else product + bias
 
 
 def attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, **options: Any) -> Tensor:
@@ -43,18 +71,3 @@ def attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, **option
         return attend(query_BHSE, key_BGSE, value_BGSE)
     with torch.autocast("cpu", enabled=False):
         return attend(query_BHSE.float(), key_BGSE.float(), value_BGSE.float()).to(dtype)
-
-
-def lay_out(model: nn.Module) -> None:
-    """Puts the weights of linears into the order of memory that is read fastest for one row, in place: column
-    after column, of those in float32 on a CPU with no fewer outputs than inputs. Names, shapes, values stay.
-
-    For a model that decodes one sequence at a time: with many rows a step gets slower, not faster. Under
-    autocast weights are read as what it casts them to, so call this within it.
-    """
-    for linear in model.modules():
-        if not isinstance(linear, nn.Linear) or linear.in_features > linear.out_features:
-            continue
-        weight = linear.weight
-        if weight.device.type == "cpu" and product_dtype(weight) == torch.float32:
-            weight.data = weight.data.t().contiguous().t()

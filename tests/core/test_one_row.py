@@ -1,11 +1,12 @@
-"""One slot at a time on a CPU: other kernels and another order in memory, the same numbers."""
+"""One slot at a time on a CPU: other kernels, the same numbers."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lattice
-from lattice.draws import Draw
-from lattice.one_row import attention, fast_products, lay_out
+from lattice.one_row import attention, fast_products
 
 
 def tiny(dtype=torch.float32, tied=False):
@@ -20,29 +21,40 @@ IDS = torch.randint(96, (1, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_another_order_in_memory_is_the_same_model(tied):
-    given, laid = tiny(tied=tied), tiny(tied=tied)
-    lay_out(laid)
-    assert not laid.decoder.head.weight.is_contiguous()
-    assert laid.decoder.blocks[0].mlp.down_proj.weight.is_contiguous()  # fewer outputs than inputs
-    assert (laid.decoder.head.weight is laid.decoder.embedding.weight) == tied
-    for (name, one), (other, two) in zip(given.state_dict().items(), laid.state_dict().items(), strict=True):
-        assert name == other
-        assert torch.equal(one, two)
-    assert torch.equal(lattice.generate(laid, IDS, 6), lattice.generate(given, IDS, 6))
-    losses = [model(IDS, targets=IDS, draw=Draw(0, 0)).loss for model in (given, laid)]
-    torch.testing.assert_close(*losses)
-    losses[1].backward()
-    again = [parameter.is_contiguous() for parameter in laid.parameters()]
-    lay_out(laid)
-    assert [parameter.is_contiguous() for parameter in laid.parameters()] == again
+def test_a_step_in_float32_is_the_last_of_all_tokens(tied):
+    model = tiny(tied=tied)
+    with torch.no_grad():
+        _, cache = model.prefill(IDS[:, :-1])
+        logits_BV = model.step(IDS[:, -1:], cache)
+        many_BV = model.prefill(IDS.repeat(3, 1))[0]  # products of three rows
+    torch.testing.assert_close(logits_BV, many_BV[:1])
 
 
-def test_what_autocast_casts_stays_as_it_is():
-    model = tiny()
-    with torch.autocast("cpu", torch.bfloat16):
-        lay_out(model)
-    assert all(parameter.is_contiguous() for parameter in model.parameters())
+@given(outputs=st.integers(1, 24), inputs=st.integers(1, 24), threads=st.integers(1, 8), biased=st.booleans())
+def test_products_in_parts_are_those_of_the_linear(outputs, inputs, threads, biased):
+    linear = torch.nn.Linear(inputs, outputs, bias=biased)
+    x_11D = torch.randn(1, 1, inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad(), fast_products(x_11D):
+            in_parts = linear(x_11D)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(in_parts, linear(x_11D).detach())
+
+
+def test_what_is_not_one_row_of_float32_is_left_to_the_linear():
+    linear = torch.nn.Linear(8, 8)
+    x_1D = torch.randn(1, 8)
+    with fast_products(x_1D):  # with gradients
+        assert linear(x_1D).grad_fn.name() == "AddmmBackward0"
+    with torch.no_grad(), fast_products(x_1D):
+        assert linear(torch.randn(3, 8)).shape == (3, 8)
+        turned = torch.nn.functional.linear(x_1D, linear.weight.t())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x_1D).dtype == torch.bfloat16
+    torch.testing.assert_close(turned, x_1D @ linear.weight.detach())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
