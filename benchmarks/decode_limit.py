@@ -43,19 +43,19 @@ def linears_of(model: lattice.LanguageModel, slots: int) -> list[tuple[nn.Linear
     return [(linear, linear.weight.new_zeros(1, 1, linear.in_features)) for linear in chosen]
 
 
+@torch.no_grad()
 def measured(dtype: torch.dtype, thoughts: int, repetitions: int) -> list[str]:
     recipe = lattice.load_recipe(RECIPE, [f"recurrence.thoughts={thoughts}"])
     model = lattice.build_model(recipe).eval().to(dtype)
     linears = linears_of(model, thoughts + 1)
     size = sum(linear.weight.nbytes for linear, _ in linears)
 
-    @torch.no_grad()
     def alone() -> None:
         for linear, x_B1D in linears:
             linear(x_B1D)
 
     many = least(alone, repetitions)
-    with torch.no_grad(), fast_products(linears[0][1]):
+    with fast_products(linears[0][1]):
         one = least(alone, repetitions)
     _, cache = model.prefill(torch.zeros(1, PROMPT, dtype=torch.int64), parallel=True)
     token_B1 = torch.zeros(1, 1, dtype=torch.int64)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from built_in import built_in
 
 import lattice
 from lattice.study import read_study
@@ -55,11 +56,7 @@ def test_recipes_differ_from_the_plain_one_by_the_recurrence_alone(name):
 
 def test_every_kind_of_recurrence_has_a_recipe():
     shown = {lattice.load_recipe(RECIPES / name).component("recurrence").kind for name in SHIPPED}
-    assert shown == {
-        kind
-        for kind, cls in lattice.registry.kinds("recurrence").items()
-        if cls.__module__.startswith("lattice.components")
-    }
+    assert shown == built_in("recurrence")
 
 
 def test_the_papers_settings():

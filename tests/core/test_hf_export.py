@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from built_in import built_in
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -29,12 +30,7 @@ BACKBONES = {
     "gpt_neox": {"kind": "gpt_neox", "rotary_pct": 0.5, **SIZES},
     "llama_tied": {"kind": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True, **SIZES},
 }
-BUILT_IN = {  # other tests of the same process register kinds of their own
-    kind
-    for kind, cls in registry.kinds("recurrence").items()
-    if cls.__module__.startswith("lattice.components")
-}
-RECURRENCES = {kind: {"kind": kind} for kind in sorted(BUILT_IN - {"none"})} | {
+RECURRENCES = {kind: {"kind": kind} for kind in sorted(built_in("recurrence") - {"none"})} | {
     "two_thoughts": {"kind": "latent_thoughts", "thoughts": 2},
     "depth_with_parameters": {"kind": "depth", "inject": "concat"},
 }
