@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from built_in import built_in
 
 import lattice
 from lattice import cli, registry
 from lattice.testing import BACKBONES, assert_conforms, check_recurrence
+from tests.built_in import built_in
 
 TABLES = [
     {"kind": "none"},

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from built_in import built_in
 
 import lattice
 from lattice.study import read_study
+from tests.built_in import built_in
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*.toml"))

@@ -8,12 +8,12 @@ import textwrap
 
 import pytest
 import torch
-from built_in import built_in
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import lattice
 from lattice import registry
+from tests.built_in import built_in
 
 transformers = pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils  # noqa: E402

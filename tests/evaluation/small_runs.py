@@ -19,6 +19,13 @@ RECIPE = {
     "evaluators": {"validation": {"kind": "perplexity", "every": 2, "max_tokens": 256}},
     "checkpoint": {"kind": "dcp", "every": 100},
 }
+QUESTIONS = [
+    {"q": "The sky is", "options": ["blue", "green and wet", "x"], "gold": 0},
+    {"q": "Two and two make", "options": ["five", "four"], "gold": 1},
+    {"q": "", "options": ["a", "b", "c", "def"], "gold": 3},
+    {"q": "for i in range(10):", "options": ["\n    print(i)", "pass"], "gold": 0},
+]
+TEXTS = [{"text": "def f(x):\n    return x\n"}, {"text": "one two three " * 12}, {"text": "é"}]
 
 
 def train(folder, **tables):

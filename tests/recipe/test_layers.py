@@ -1,0 +1,180 @@
+"""extends, merging, and --set over both; a resolved recipe loads to the same."""
+
+import pytest
+import tomli
+
+from lattice.recipe import RecipeError, load_recipe
+from tests.recipe.texts import BACKBONE, WRITTEN
+
+
+def test_a_recipe_that_says_nothing_gets_the_defaults(write):
+    recipe = load_recipe(write("empty.toml", ""))
+    assert recipe.name == "empty"
+    assert recipe.component("recurrence").kind == "none"
+    assert set(recipe.named("metrics")) == {"board"}
+    with pytest.raises(RecipeError, match=r"empty: the table \[backbone\] with a `kind` is missing"):
+        recipe.component("backbone")
+
+
+def test_extends_is_relative_to_the_file_that_says_it(write, tmp_path, monkeypatch):
+    write("base/common/root.toml", "[run]\nseed = 3\nsteps = 7\n")
+    write("base/middle.toml", 'extends = "common/root.toml"\n[run]\nsteps = 8\n')
+    path = write("recipes/top.toml", 'extends = ["../base/middle.toml"]\n[run]\nlog_every = 2\n')
+    monkeypatch.chdir("/")
+    run = load_recipe(path).run
+    assert (run.seed, run.steps, run.log_every) == (3, 8, 2)
+
+
+def test_of_several_extended_files_the_later_wins_and_the_file_itself_over_both(write):
+    write("a.toml", "[run]\nseed = 1\nsteps = 1\nlog_every = 1\n")
+    write("b.toml", "[run]\nseed = 2\nsteps = 2\n")
+    recipe = load_recipe(write("c.toml", 'extends = ["a.toml", "b.toml"]\n[run]\nseed = 3\n'))
+    assert (recipe.run.seed, recipe.run.steps, recipe.run.log_every) == (3, 2, 1)
+    assert [str(recipe.origin(("run", key))) for key in ("seed", "steps", "log_every")] == [
+        "c.toml:3",
+        "b.toml:3",
+        "a.toml:4",
+    ]
+
+
+def test_one_file_may_be_extended_by_two_ways(write):
+    write("root.toml", "[run]\nseed = 5\n")
+    write("left.toml", 'extends = "root.toml"\n[run]\nsteps = 1\n')
+    write("right.toml", 'extends = "root.toml"\n[run]\nlog_every = 3\n')
+    run = load_recipe(write("top.toml", 'extends = ["left.toml", "right.toml"]\n')).run
+    assert (run.seed, run.steps, run.log_every) == (5, 1, 3)
+
+
+def test_a_cycle_names_its_files(write):
+    write("a.toml", 'extends = "sub/b.toml"\n')
+    write("sub/b.toml", 'extends = "../a.toml"\n')
+    with pytest.raises(RecipeError, match=r"a\.toml: extends itself, by way of .*a\.toml -> .*b\.toml"):
+        load_recipe("a.toml")
+    with pytest.raises(RecipeError, match=r"self\.toml: extends itself"):
+        load_recipe(write("self.toml", 'extends = "./self.toml"\n'))
+
+
+def test_a_missing_file_and_who_asked_for_it(write):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml' does not exist$"):
+        load_recipe("nowhere.toml")
+    with pytest.raises(FileNotFoundError, match=r"gone\.toml' does not exist \(extended by .*child\.toml\)"):
+        load_recipe(write("child.toml", 'extends = "gone.toml"\n'))
+
+
+def test_an_error_in_an_extended_file_names_that_file(write):
+    write("base.toml", "# a comment\n\n[run]\nstepz = 3\n")
+    with pytest.raises(RecipeError, match=r"^base\.toml:4: run\.stepz"):
+        load_recipe(write("child.toml", 'extends = "base.toml"\n[run]\nsteps = 1\n'))
+
+
+def test_another_kind_starts_the_table_afresh(write):
+    write(
+        "base.toml",
+        BACKBONE + '[recurrence]\nkind = "latent_thoughts"\nthoughts = 2\njacobi = { train = [1, 1] }\n',
+    )
+    path = write("child.toml", 'extends = "base.toml"\n[recurrence]\nkind = "none"\n')
+    recipe = load_recipe(path)
+    assert recipe.table()["recurrence"] == {"kind": "none", "initializer_range": 0.02}
+    assert not [key for key in recipe.origins if key[0] == "recurrence" and key[-1] in ("thoughts", "train")]
+    assert str(recipe.origin(("recurrence", "kind"))) == "child.toml:3"
+
+
+def test_the_same_kind_again_keeps_the_options(write):
+    write("base.toml", '[recurrence]\nkind = "latent_thoughts"\nthoughts = 2\njacobi = { train = [1, 1] }\n')
+    path = write(
+        "child.toml",
+        'extends = "base.toml"\n[recurrence]\nkind = "latent_thoughts"\njacobi = { eval = 5 }\n',
+    )
+    recurrence = load_recipe(path).component("recurrence")
+    assert (recurrence.thoughts, recurrence.jacobi.train, recurrence.jacobi.eval) == (2, (1, 1), 5)
+
+
+def test_arrays_replace(write):
+    write("base.toml", '[recurrence]\nkind = "latent_thoughts"\njacobi = { train = [1, 6], eval = 2 }\n')
+    path = write("child.toml", 'extends = "base.toml"\n[recurrence.jacobi]\ntrain = [3, 4]\n')
+    recipe = load_recipe(path)
+    assert recipe.component("recurrence").jacobi.train == (3, 4)
+    assert str(recipe.origin(("recurrence", "jacobi", "train"))) == "child.toml:3"
+    assert str(recipe.origin(("recurrence", "jacobi", "eval"))) == "base.toml:3"
+
+
+def test_a_stray_kind_at_the_top_is_unknown_and_hides_no_other_problem(problems):
+    found = problems('kind = "gpt_neox"\n[run]\nstepz = 1\n')
+    assert [one.split(" Known")[0] for one in found] == [
+        "bad.toml:1: unknown table 'kind'.",
+        "bad.toml:3: run.stepz: unknown option; did you mean 'steps'?",
+    ]
+
+
+# ── --set ─────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("run.steps=12", ("run", "steps"), 12),
+        ("run.steps=1_000", ("run", "steps"), 1000),
+        ("run.device=cpu", ("run", "device"), "cpu"),
+        ("run.device='cpu'", ("run", "device"), "cpu"),
+        ("run.device = cpu", ("run", "device"), "cpu"),
+        ("optimizer.lr=3e-4", ("optimizer", "lr"), 3e-4),
+        ("optimizer.betas=[0.8, 0.9]", ("optimizer", "betas"), [0.8, 0.9]),
+        ("backbone.tie_word_embeddings=true", ("backbone", "tie_word_embeddings"), True),
+        ("evaluators.validation.every=0", ("evaluators", "validation", "every"), 0),
+        ("recurrence.jacobi={ train = [0, 1] }", ("recurrence", "jacobi", "train"), [0, 1]),
+        ("recurrence.jacobi.eval=9", ("recurrence", "jacobi", "eval"), 9),
+    ],
+)
+def test_set_has_toml_values_and_bare_words(override, path, value, write):
+    recipe = load_recipe(
+        write("r.toml", BACKBONE + '[recurrence]\nkind = "latent_thoughts"\n'),
+        [override],
+    )
+    found = recipe.table()
+    for key in path:
+        found = found[key]
+    assert found == value
+    assert type(found) is type(value)
+    assert str(recipe.origin(path)) == "--set"
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=3", "run..steps=3", ".steps=3", ""])
+def test_a_malformed_override_is_quoted(override, write):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write("r.toml", ""), [override])
+    assert str(caught.value) == f"--set {override}: must be of the form table.key=value"
+
+
+def test_overrides_cannot_descend_into_a_value(write):
+    with pytest.raises(RecipeError, match=r"--set run\.steps=1: 'run' is already set to 3"):
+        load_recipe(write("r.toml", ""), ["run=3", "run.steps=1"])
+
+
+def test_errors_in_overrides_name_them(problems):
+    assert problems("", ["run.steps=abc", "optimizer.lr=-1", "optimiser.lr=1"]) == [
+        "--set: unknown table 'optimiser'; did you mean 'optimizer'? Known: run, backbone, recurrence, mask, "
+        "loss, precision, activation_checkpoint, compile, parallel, optimizer, schedule, tokenizer, data, "
+        "checkpoint, metrics, evaluators",
+        '--set: run.steps = "abc": input should be a valid integer',
+        "--set: optimizer.lr = -1: must be greater than 0",
+    ]
+
+
+def test_set_changes_a_kind_and_its_options_together(write):
+    path = write("r.toml", BACKBONE + '[recurrence]\nkind = "latent_thoughts"\nthoughts = 3\n')
+    recipe = load_recipe(path, ["recurrence.kind=none", "recurrence.initializer_range=0.5"])
+    assert recipe.table()["recurrence"] == {"kind": "none", "initializer_range": 0.5}
+
+
+@pytest.mark.parametrize("override", ["extends=other.toml", "imports=mine.py", "imports=[3]"])
+def test_set_of_what_belongs_in_the_file_is_refused_and_not_ignored(override, problems):
+    assert problems("", [override])[0].startswith("--set")
+
+
+def test_the_resolved_recipe_loads_to_the_same(write):
+    recipe = load_recipe(write("r.toml", WRITTEN), ["backbone.tie_word_embeddings=true"])
+    again = load_recipe(recipe.table())
+    assert (again.run, again.components) == (recipe.run, recipe.components)
+    from_text = load_recipe(write("resolved.toml", recipe.to_toml()))
+    assert (from_text.run, from_text.components) == (recipe.run, recipe.components)
+    assert from_text.table() == recipe.table() == tomli.loads(recipe.to_toml())
+    assert load_recipe(recipe) is recipe
+    assert load_recipe(recipe, ["run.seed=9"]).run.seed == 9
