@@ -134,8 +134,7 @@ class KVCache:
         """(B,): how many tokens of each row are no padding; None where nothing was padded."""
         if self.slots is None or self.slots.real_BS is None:
             return None
-        first_stage_S = self.slots.stage_S == 0
-        return torch.sum(self.slots.real_BS[:, first_stage_S], dim=1)
+        return torch.sum(self.slots.real_BS & (self.slots.stage_S == 0), dim=1)
 
 
 def _keep(held_B: Tensor | None, old: Tensor, new: Tensor) -> Tensor:

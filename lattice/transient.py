@@ -8,6 +8,7 @@ when it is needed. Gradients are exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -91,8 +92,10 @@ class _Value(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.function, ctx.names, ctx.computed = function, names, None
         device, ctx.dtype = tensors[0].device.type, product_dtype(tensors[0])
-        enabled = device != "meta" and torch.is_autocast_enabled(device)
-        ctx.autocast = partial(torch.autocast, device, ctx.dtype, enabled, cache_enabled=False)
+        ctx.autocast = nullcontext
+        if device != "meta":  # which knows no autocast
+            enabled = torch.is_autocast_enabled(device)
+            ctx.autocast = partial(torch.autocast, device, ctx.dtype, enabled, cache_enabled=False)
         value = function(*tensors[: len(tensors) - len(names)])
         return value.to(ctx.dtype)
 
