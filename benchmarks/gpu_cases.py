@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lattice
-from lattice.assemble import undrawn_model
+from lattice.build import undrawn_model
 from lattice.console import say
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ model = lattice.build_model({"backbone": {"kind": "gpt_neox"}, "recurrence": {"k
 logits = model(input_ids).logits
 """
 
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.generate import generate
 from lattice.load import codec_of, load
 from lattice.model import LanguageModel, Output

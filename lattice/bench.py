@@ -21,10 +21,11 @@ import torch
 from rich.progress import track
 
 from lattice import __version__, hardware
-from lattice.assemble import build_model, choose_device
+from lattice.build import build_model
 from lattice.console import console
 from lattice.draws import Draw
 from lattice.generate import stream
+from lattice.hardware import choose_device
 from lattice.ledger import Ledger, ledger
 from lattice.live_tensors import LiveTensors
 from lattice.options import to_table

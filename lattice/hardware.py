@@ -1,4 +1,4 @@
-"""GPUs that one may not have: memory, peak and bandwidths, from NVIDIA's data sheets.
+"""The device to use; and GPUs that one may not have: memory, peak and bandwidths, from NVIDIA's data sheets.
 
 https://www.nvidia.com/en-us/data-center/h100/ and the pages of the others; dense bfloat16 on tensor cores;
 NVLink in one direction, which is half of what is stated. Between nodes: the network cards of a DGX with eight
@@ -61,3 +61,19 @@ def _processor() -> str:
         lines = []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def choose_device(name: str, option: str = "run.device", *, local_rank: int = 0) -> torch.device:
+    """`auto` is a GPU where there is one; of several ranks on a host, each takes its own. Raises ValueError,
+    naming the option, for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} = '{name}': not available here: {reason}") from error
+    return device

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.cost import Pass
 from lattice.protocols import ActivationCheckpoint, Backbone, Recurrence
 from lattice.recipe import Recipe

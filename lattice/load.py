@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lattice.assemble import build_model, choose_device, evaluation_graph, saved_codec
+from lattice.assemble import evaluation_graph
+from lattice.build import build_model
+from lattice.codec import saved_codec
+from lattice.hardware import choose_device
 from lattice.model import LanguageModel
 from lattice.protocols import Checkpoint, Codec, EvaluationSubject
 from lattice.recipe import Recipe, load_recipe

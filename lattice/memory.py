@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lattice.assemble import undrawn_model
+from lattice.build import undrawn_model
 from lattice.draws import Draw
 from lattice.live_tensors import LiveTensors
 from lattice.model import LanguageModel

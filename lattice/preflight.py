@@ -9,8 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lattice.arrangement import arranged, rank_memory
-from lattice.assemble import build_model, choose_device
+from lattice.build import build_model
 from lattice.console import say
+from lattice.hardware import choose_device
 from lattice.hf import init_from
 from lattice.memory import StepMemory, step_memory
 from lattice.protocols import Backbone, Data, Parallel, Tokenizer

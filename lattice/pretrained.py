@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.hf.directory import describe, load_weights
 from lattice.hf.write import write_model
 from lattice.model import LanguageModel

@@ -20,9 +20,10 @@ import torch
 
 from lattice import atomic, hardware, preflight, run_folder, state
 from lattice.arrangement import together
-from lattice.assemble import TrainingGraph, choose_device, training_graph
+from lattice.assemble import TrainingGraph, training_graph
 from lattice.console import Training, only_first, say
 from lattice.draws import Draw
+from lattice.hardware import choose_device
 from lattice.interrupts import StopRequest
 from lattice.launch import Agreed, Launch
 from lattice.protocols import Batch, MetricWriter

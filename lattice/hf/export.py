@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lattice.assemble import build_model
 from lattice.atomic import write_json
+from lattice.build import build_model
 from lattice.hf.card import write_card
 from lattice.hf.tokenizer import export_tokenizer
 from lattice.hf.write import is_plain, write_model

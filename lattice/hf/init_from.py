@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.console import say
 from lattice.hf.directory import few, load_weights, misfits, read_backbone, read_shapes
 from lattice.model import LanguageModel

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lattice.assemble import build_model, undrawn_model
+from lattice.build import build_model, undrawn_model
 from lattice.cache import KVCache
 from lattice.hf.directory import MODEL_TYPE, RECURRENCE, TABLES
 from lattice.model import LanguageModel

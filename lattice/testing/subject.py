@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import Recurrence

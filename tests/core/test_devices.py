@@ -4,7 +4,7 @@ and refuses most operations between its tensors and the CPU's, and what would ha
 import pytest
 import torch
 
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.draws import Draw
 from tests.built_in import built_in
 

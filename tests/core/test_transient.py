@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lattice
-from lattice.assemble import undrawn_model
+from lattice.build import undrawn_model
 from lattice.live_tensors import LiveTensors
 from lattice.transient import transient
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lattice import harness
-from lattice.assemble import build_model
+from lattice.build import build_model
 from lattice.hf.export import export
 from lattice.lm_eval_model import LatticeLM
 from lattice.lm_eval_model import main as lm_eval_main

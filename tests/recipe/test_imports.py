@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import lattice
-from lattice.assemble import open_codec
+from lattice.codec import open_codec
 from lattice.recipe import RecipeError, load_recipe
 from tests.recipe.texts import BACKBONE
 
