@@ -17,11 +17,11 @@ from lattice.slots import Tokens
 from lattice.stack import Stack
 
 
-def _stack(model: LanguageModel, ids_BL: Tensor, first: int = 0) -> Stack:
+def stack_of(model: LanguageModel, ids_BL: Tensor, first: int = 0) -> Stack:
     return Stack(model.decoder, model.mask, model.checkpointing, Tokens.of(ids_BL, first=first))
 
 
-def _embedded(model: LanguageModel, stack: Stack, ids_BL: Tensor) -> Tensor:
+def embedded(model: LanguageModel, stack: Stack, ids_BL: Tensor) -> Tensor:
     return (stack.embed(ids_BL) * math.sqrt(2.5 * model.shape.hidden_size)).unsqueeze(2)
 
 
@@ -30,9 +30,9 @@ def chunks(model: LanguageModel, ids_BL: Tensor, count: int, thoughts: int, size
     cache, predicted = KVCache(model.shape.num_layers), []
     for first in range(0, ids_BL.shape[1], size):
         ids_BC = ids_BL[:, first : first + size]
-        stack = _stack(model, ids_BC, first)
+        stack = stack_of(model, ids_BC, first)
         for _ in range(count + 1):
-            slot = _embedded(model, stack, ids_BC)
+            slot = embedded(model, stack, ids_BC)
             for stage in range(thoughts + 1):
                 slot = stack.run(slot, first_stage=stage, cache=cache)
         predicted.append(slot.squeeze(2))
@@ -42,8 +42,8 @@ def chunks(model: LanguageModel, ids_BL: Tensor, count: int, thoughts: int, size
 def anderson(model: LanguageModel, ids_BL: Tensor, count: int, thoughts: int, memory: int) -> Tensor:
     """Jacobi iteration with Anderson mixing (Walker and Ni, SIAM J. Numer. Anal. 49, 2011): the next thoughts
     are the combination of the last `memory` + 1 images whose residuals cancel best, for each row."""
-    stack = _stack(model, ids_BL)
-    token_BL1D = _embedded(model, stack, ids_BL)
+    stack = stack_of(model, ids_BL)
+    token_BL1D = embedded(model, stack, ids_BL)
     slots = token_BL1D
     for _ in range(thoughts):
         slots = torch.cat([token_BL1D, stack.run(slots)], dim=2)

@@ -74,6 +74,10 @@ def _check(mask: Mask, further: Tensor, queries: Slots, keys: Slots) -> None:
         )
 
 
+def _takes_blocks(queries: Slots) -> bool:
+    return queries.stage_S.device.type == "cuda" and len(queries.stage_S) >= BLOCKS_FROM
+
+
 def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> AttentionMask:
     """`newest`: the queries are the last of the keys, in causal order, so that plain order needs no booleans.
 
@@ -81,7 +85,7 @@ def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> 
     """
     size = len(queries.stage_S), len(keys.stage_S)
     whole = newest and size[0] == size[1]
-    if queries.stage_S.device.type == "cuda" and size[0] >= BLOCKS_FROM:
+    if _takes_blocks(queries):
         plain = is_causal(mask, queries, keys)  # asked of every mask: it checks what sees() gives
         if not (whole and plain):
             return AttentionMask(causal=False, blocks=block_mask(mask, queries, keys))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lattice.cache import LayerCache
+from lattice.graphs import allow_graphs
 from lattice.one_row import attention
 from lattice.protocols import Initialization
 from lattice.sharded import put
@@ -225,4 +226,7 @@ def _flex_attention(device: str) -> Callable[..., Any]:
     """Compiled on a GPU, where it is a fused kernel; elsewhere the definition, without gradients."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return cast("Callable[..., Any]", torch.compile(flex_attention) if device == "cuda" else flex_attention)
+    if device != "cuda":
+        return cast("Callable[..., Any]", flex_attention)
+    allow_graphs()  # past torch's own limit the definition takes over, and holds all scores
+    return torch.compile(flex_attention)

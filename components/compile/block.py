@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lattice.graphs import allow_graphs
 from lattice.model import LanguageModel
 from lattice.protocols import Compile
 from lattice.registry import register
-
-GRAPHS = 64
-"""A layer is one graph for each kind of arguments that a recurrence calls it with: stages, stages read,
-stages given, with and without gradients. They do not grow with the number of iterations. torch allows 8."""
 
 
 @register("compile", "block")
@@ -33,7 +30,7 @@ class CompileBlock(Compile):
             raise ValueError(f"backend = '{self.backend}': must be one of {', '.join(known)}")
 
     def apply(self, model: LanguageModel) -> None:
-        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        allow_graphs()
         for block in model.decoder.blocks:
             # Shapes are those of the recipe's batches: a graph for them is faster than one for all shapes.
             block.compile(backend=self.backend, dynamic=False)

@@ -1,0 +1,14 @@
+"""How many graphs torch.compile may make of one function."""
+
+from __future__ import annotations
+
+import torch
+
+GRAPHS = 64
+"""A layer is one graph for each kind of arguments that a recurrence calls it with: stages, those read, those
+given, with and without gradients. Attention with block masks is one for each kind of mask, and for sizes that
+torch cannot tell are alike. They do not grow with the number of iterations. torch allows 8."""
+
+
+def allow_graphs() -> None:
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
