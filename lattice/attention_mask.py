@@ -8,10 +8,15 @@ Shapes: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
-from lattice.decoder import AttentionMask
+from lattice.decoder import AttentionMask, Blocks
+from lattice.graphs import allow_graphs
 from lattice.protocols import Mask
 from lattice.slots import Side, Slots
 
@@ -99,16 +104,18 @@ def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> 
     return AttentionMask(causal=False, allowed=seen[:, None])
 
 
-def block_mask(mask: Mask, queries: Slots, keys: Slots) -> object:
-    """FlexAttention's BlockMask of the same predicate."""
+def block_mask(mask: Mask, queries: Slots, keys: Slots) -> Blocks:
+    """The same predicate by blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    allow_graphs()  # past torch's own limit FlexAttention goes on uncompiled, and holds all scores
 
     def mask_mod(row: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         query, key = queries.at(row, query_index), keys.at(row, key_index)
         return _composed(query, key, mask.sees(query, key))
 
     rows = _rows(queries, keys)
-    return create_block_mask(
+    blocks = create_block_mask(
         mask_mod,
         B=rows if rows > 1 else None,
         H=None,
@@ -116,3 +123,12 @@ def block_mask(mask: Mask, queries: Slots, keys: Slots) -> object:
         KV_LEN=len(keys.stage_S),
         device=queries.stage_S.device,
     )
+    return Blocks(blocks, _flex_attention(queries.stage_S.device.type))
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Any]:
+    """Compiled on a GPU, where it is a fused kernel; elsewhere the definition, without gradients."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast("Callable[..., Any]", torch.compile(flex_attention) if device == "cuda" else flex_attention)

@@ -9,14 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lattice.cache import LayerCache
-from lattice.graphs import allow_graphs
 from lattice.one_row import attention
 from lattice.protocols import Initialization
 from lattice.sharded import put
@@ -30,14 +28,23 @@ class Rotary(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A mask by blocks of slots."""
+
+    mask: Any
+    """FlexAttention's BlockMask."""
+    attention: Callable[..., Tensor]
+    """FlexAttention, compiled where its device has a kernel."""
+
+
+@dataclass(frozen=True)
 class AttentionMask:
     """Causal order over slots that are all queries and all keys, or booleans, or blocks, or none at all."""
 
     causal: bool
     allowed: Tensor | None = None
     """(B or 1, 1, Q, K), True where a query may look."""
-    blocks: Any = None
-    """FlexAttention's BlockMask."""
+    blocks: Blocks | None = None
 
 
 class Projected(NamedTuple):
@@ -212,21 +219,11 @@ def attend(
     # The output lies in memory as the queries do: slot by slot, so that no copy makes it so.
     query_BHSE = rotate(query_BSHE, rotary).transpose(1, 2)
     shared = query_BHSE.shape[1] != key_BGSE.shape[1]
-    if mask.blocks is not None:
-        flex = _flex_attention(query_BHSE.device.type)
-        out_BHSE: Tensor = flex(query_BHSE, key_BGSE, value_BGSE, block_mask=mask.blocks, enable_gqa=shared)
+    if (blocks := mask.blocks) is not None:
+        out_BHSE = blocks.attention(
+            query_BHSE, key_BGSE, value_BGSE, block_mask=blocks.mask, enable_gqa=shared
+        )
     else:
         options = {"attn_mask": mask.allowed, "is_causal": mask.causal, "enable_gqa": shared}
         out_BHSE = attention(query_BHSE, key_BGSE, value_BGSE, **options)
     return out_BHSE.transpose(1, 2).flatten(2)
-
-
-@cache
-def _flex_attention(device: str) -> Callable[..., Any]:
-    """Compiled on a GPU, where it is a fused kernel; elsewhere the definition, without gradients."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if device != "cuda":
-        return cast("Callable[..., Any]", flex_attention)
-    allow_graphs()  # past torch's own limit the definition takes over, and holds all scores
-    return torch.compile(flex_attention)

@@ -58,7 +58,7 @@ def check(mask, real, document, queries, keys, rows):
     """Booleans and, where there are few pairs, the block mask: both against the definition."""
     answer = allowed(mask, queries, keys)
     pairs = [list(zip(s.token_BS[0].tolist(), s.stage_S.tolist(), strict=True)) for s in (queries, keys)]
-    blocks = block_mask(mask, queries, keys)
+    blocks = block_mask(mask, queries, keys).mask
     for row in range(rows):
         expected = by_hand(mask, real, document, *pairs, row)
         if answer is None:  # says: causal order alone
@@ -146,7 +146,7 @@ def test_a_text_of_a_row_that_branches_sees_what_it_sees_alone(mask, rows, left,
         real[row, left : left + len(numbers)] = 1
     tokens = Tokens.of(torch.zeros_like(branch), None if real.all() else real, None, branch)
     slots = Slots.interleaved(tokens, stages)
-    seen, blocks = allowed(mask, slots, slots), block_mask(mask, slots, slots)
+    seen, blocks = allowed(mask, slots, slots), block_mask(mask, slots, slots).mask
     for row, lengths in enumerate(rows):
         for number in range(len(lengths)):
             text = real[row].bool() & ((branch[row] == 0) | (branch[row] == number))
