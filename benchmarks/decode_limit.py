@@ -4,8 +4,8 @@
 
 One row, the shape of recipes/llama_125m_lt.toml, one thread, whose own time is taken, least of many: what
 others do on the machine shows little in it. A token reads all weights of the layers for each slot and the
-head once, so that no step can be faster than its linears alone. Those are shown twice: as they are for many
-rows, and as decoding has them (lattice.one_row).
+head once, so that no step can be faster than its linears alone. Those are shown twice: as torch has them, and
+as decoding does (lattice.one_row).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import lattice
 from lattice.console import table
-from lattice.one_row import fast_products
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "llama_125m_lt.toml"
 PROMPT = 32
@@ -50,13 +49,12 @@ def measured(dtype: torch.dtype, thoughts: int, repetitions: int) -> list[str]:
     linears = linears_of(model, thoughts + 1)
     size = sum(linear.weight.nbytes for linear, _ in linears)
 
-    def alone() -> None:
+    def alone(forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         for linear, x_B1D in linears:
-            linear(x_B1D)
+            forward(linear, x_B1D)
 
-    many = least(alone, repetitions)
-    with fast_products(linears[0][1]):
-        one = least(alone, repetitions)
+    many = least(lambda: alone(nn.Linear.forward), repetitions)
+    one = least(lambda: alone(nn.Linear.__call__), repetitions)
     _, cache = model.prefill(torch.zeros(1, PROMPT, dtype=torch.int64), parallel=True)
     token_B1 = torch.zeros(1, 1, dtype=torch.int64)
     step = least(lambda: model.step(token_B1, cache), repetitions)

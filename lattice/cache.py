@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from lattice.one_row import kept_dtype
 from lattice.slots import Slots
 
 Pair = tuple[Tensor, Tensor]
@@ -189,7 +190,7 @@ def _room(buffer: Tensor | None, like_BHSE: Tensor, needed: int) -> Tensor:
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     batch, heads, _, size = like_BHSE.shape
-    grown = like_BHSE.new_empty(batch, heads, max(64, 2 * needed), size)
+    grown = like_BHSE.new_empty(batch, heads, max(64, 2 * needed), size, dtype=kept_dtype(like_BHSE))
     if buffer is not None:
         grown[:, :, : buffer.shape[2]] = buffer
     return grown

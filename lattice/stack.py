@@ -15,7 +15,6 @@ from torch import Tensor
 from lattice.attention_mask import attention_mask
 from lattice.cache import KVCache, LayerCache, Segment
 from lattice.decoder import Alone, AttentionMask, Block, Decoder, Rotary
-from lattice.one_row import fast_products
 from lattice.protocols import ActivationCheckpoint, Mask
 from lattice.slots import Slots, Tokens
 from lattice.split import Split
@@ -90,8 +89,7 @@ class Stack:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head, over states that went through the final norm: (…, D) -> (…, V)."""
-        with fast_products(hidden):
-            logits: Tensor = self._decoder.head(hidden)
+        logits: Tensor = self._decoder.head(hidden)
         return logits
 
     @property
@@ -154,8 +152,7 @@ class Stack:
                 x_BLnD, alone = call(x_BLnD, rotary, mask, layer_cache, needed, alone), None
             return self._final_norm(x_BLnD) if norm else x_BLnD
 
-        with fast_products(slots_BLnD):
-            hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD)
+        hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD)
         return hidden_BLrD if len(blocks) else hidden_BLrD[:, :, read]
 
     def _fixed_and_others(self, slots: Sequence[Tensor | Fixed], layers: int) -> tuple[Fixed | None, Tensor]:

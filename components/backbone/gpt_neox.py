@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
 from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
+from lattice.one_row import Linear
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
 from lattice.transient import transient
@@ -133,8 +134,8 @@ class Attention(nn.Module):
         super().__init__()
         size = options.hidden_size
         self.head_size = options.head_size
-        self.query_key_value = nn.Linear(size, 3 * size, bias=options.attention_bias)
-        self.dense = nn.Linear(size, size, bias=options.attention_bias)
+        self.query_key_value = Linear(size, 3 * size, bias=options.attention_bias)
+        self.dense = Linear(size, size, bias=options.attention_bias)
 
     def project(self, x_D: Tensor) -> Projected:
         # The fused projection is head-major: (H, [query, key, value], E), so that a rank may have some heads.
@@ -148,8 +149,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, options: GPTNeoX) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(options.hidden_size, options.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(options.intermediate_size, options.hidden_size)
+        self.dense_h_to_4h = Linear(options.hidden_size, options.intermediate_size)
+        self.dense_4h_to_h = Linear(options.intermediate_size, options.hidden_size)
         self.activation = ACTIVATIONS[options.hidden_act]
 
     def forward(self, x_D: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class GPTNeoXDecoder(Decoder):
         super().__init__()
         self.options = options
         self.gpt_neox = Layers(options)
-        self.embed_out = nn.Linear(options.hidden_size, options.vocab_size, bias=False)
+        self.embed_out = Linear(options.hidden_size, options.vocab_size, bias=False)
         if options.tie_word_embeddings:
             self.embed_out.weight = self.gpt_neox.embed_in.weight
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
 from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
+from lattice.one_row import Linear
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
 from lattice.transient import transient
@@ -123,10 +124,10 @@ class Attention(nn.Module):
         size, bias, self.head_size = options.hidden_size, options.attention_bias, options.head_size
         queries = options.num_attention_heads * self.head_size
         keys = options.key_value_heads * self.head_size
-        self.q_proj = nn.Linear(size, queries, bias=bias)
-        self.k_proj = nn.Linear(size, keys, bias=bias)
-        self.v_proj = nn.Linear(size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, size, bias=bias)
+        self.q_proj = Linear(size, queries, bias=bias)
+        self.k_proj = Linear(size, keys, bias=bias)
+        self.v_proj = Linear(size, keys, bias=bias)
+        self.o_proj = Linear(queries, size, bias=bias)
 
     def project(self, x_D: Tensor) -> Projected:
         def heads(linear: nn.Linear) -> Tensor:
@@ -145,9 +146,9 @@ class MLP(nn.Module):
     def __init__(self, options: Llama) -> None:
         super().__init__()
         size, inner, bias = options.hidden_size, options.intermediate_size, options.mlp_bias
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_proj = Linear(size, inner, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
 
     def forward(self, x_D: Tensor) -> Tensor:
         out: Tensor = transient(swiglu, self.gate_proj(x_D), self.up_proj(x_D), into=self.down_proj)
@@ -191,7 +192,7 @@ class LlamaDecoder(Decoder):
         super().__init__()
         self.options = options
         self.model = Layers(options)
-        self.lm_head = nn.Linear(options.hidden_size, options.vocab_size, bias=False)
+        self.lm_head = Linear(options.hidden_size, options.vocab_size, bias=False)
         if options.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

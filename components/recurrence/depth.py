@@ -27,6 +27,7 @@ from lattice.components.recurrence._convergence import (
 from lattice.components.recurrence._iterations import Iterations
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.draws import Draw
+from lattice.one_row import Linear
 from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack
@@ -122,7 +123,7 @@ class Repeating(nn.Module, Unroll):
         self.adapter: nn.Linear | None = None
         if options.inject == "concat":
             size = shape.hidden_size
-            self.adapter = nn.Linear(2 * size, size, bias=False)
+            self.adapter = Linear(2 * size, size, bias=False)
             with torch.no_grad():  # begins as the sum
                 self.adapter.weight.copy_(torch.eye(size).repeat(1, 2))
 

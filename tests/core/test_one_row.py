@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lattice
-from lattice.one_row import attention, fast_products
+from lattice.one_row import Linear, attention
 
 
 def tiny(dtype=torch.float32, tied=False):
@@ -31,30 +31,30 @@ def test_a_step_in_float32_is_the_last_of_all_tokens(tied):
 
 
 @given(outputs=st.integers(1, 24), inputs=st.integers(1, 24), threads=st.integers(1, 8), biased=st.booleans())
-def test_products_in_parts_are_those_of_the_linear(outputs, inputs, threads, biased):
-    linear = torch.nn.Linear(inputs, outputs, bias=biased)
+def test_products_in_parts_are_those_of_torch(outputs, inputs, threads, biased):
+    linear = Linear(inputs, outputs, bias=biased)
     x_11D = torch.randn(1, 1, inputs)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.no_grad(), fast_products(x_11D):
+        with torch.no_grad():
             in_parts = linear(x_11D)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(in_parts, linear(x_11D).detach())
+    torch.testing.assert_close(
+        in_parts, torch.nn.functional.linear(x_11D, linear.weight, linear.bias).detach()
+    )
 
 
-def test_what_is_not_one_row_of_float32_is_left_to_the_linear():
-    linear = torch.nn.Linear(8, 8)
-    x_1D = torch.randn(1, 8)
-    with fast_products(x_1D):  # with gradients
-        assert linear(x_1D).grad_fn.name() == "AddmmBackward0"
-    with torch.no_grad(), fast_products(x_1D):
+def test_what_is_not_one_row_of_float32_is_left_to_torch():
+    linear, x_1D = Linear(8, 8), torch.randn(1, 8)
+    assert linear(x_1D).grad_fn.name() == "AddmmBackward0"
+    with torch.no_grad():
         assert linear(torch.randn(3, 8)).shape == (3, 8)
-        turned = torch.nn.functional.linear(x_1D, linear.weight.t())
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x_1D).dtype == torch.bfloat16
-    torch.testing.assert_close(turned, x_1D @ linear.weight.detach())
+        linear.weight.data = linear.weight.t()
+        torch.testing.assert_close(linear(x_1D), x_1D @ linear.weight.t() + linear.bias)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -81,11 +81,28 @@ def test_one_query_in_bfloat16_is_nearer_to_the_definition():
     torch.testing.assert_close(out, exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def test_oneDNN_is_off_for_one_row_alone():
-    switch = torch.backends.mkldnn
-    for rows, on in ((1, False), (2, True)):
-        with fast_products(torch.zeros(rows, 8)):
-            assert switch.enabled == on
-    with pytest.raises(KeyError), fast_products(torch.zeros(1, 8)):
-        raise KeyError
+def test_oneDNN_is_off_for_one_row_alone(monkeypatch):
+    switch, seen = torch.backends.mkldnn, []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: seen.append(switch.enabled))
+    linear = Linear(8, 8).bfloat16()
+    with torch.no_grad():
+        for rows in (1, 2):
+            linear(torch.zeros(rows, 8, dtype=torch.bfloat16))
+    assert seen == [False, True]
+    monkeypatch.undo()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mat1 and mat2"):
+        linear(torch.zeros(1, 7, dtype=torch.bfloat16))
     assert switch.enabled
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keys_are_kept_as_one_query_reads_them(autocast):
+    """In float32, and rounded as they came: what several queries get is what they get without a cache."""
+    model = tiny(torch.float32 if autocast else torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits_BV, cache = model.prefill(IDS, parallel=True)
+        parallel_BV = model(IDS).logits[:, -1]
+    keys = cache._layers[0].read(0, 4)[0]
+    assert keys.dtype == torch.float32
+    assert torch.equal(keys, keys.bfloat16().float())
+    assert torch.equal(logits_BV, parallel_BV)
