@@ -13,6 +13,7 @@ import lattice
 from lattice import cli, console
 from lattice.protocols import ROLES
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPE = """
 [run]
 steps = 8
@@ -45,13 +46,6 @@ kind = "perplexity"
 every = 4
 max_tokens = 64
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(autouse=True)

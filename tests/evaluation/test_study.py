@@ -19,15 +19,9 @@ from lattice.study import QUANTITIES, read_study
 from lattice.sweep import jobs_of, sweep
 from tests.evaluation.small_runs import RECIPE, command, train
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 HEADS = "backbone.num_attention_heads"
 LATENT = {"recurrence": {"kind": "latent_thoughts", "thoughts": 1}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(autouse=True)
