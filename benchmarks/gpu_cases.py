@@ -17,6 +17,7 @@ from torch import Tensor
 
 import lattice
 from lattice.build import undrawn_model
+from lattice.components.compile.block import CompileBlock
 from lattice.console import say
 
 ROOT = Path(__file__).parents[1]
@@ -118,16 +119,10 @@ def build(recipe: lattice.Recipe, device: torch.device, *, compiled: bool = Fals
         model.decoder.initialize(model.recurrence.initialization(model.shape))
     recipe.component("precision").apply(model)
     if compiled:
-        compile_blocks(model, device)
+        # On a CPU traced only: its code would take minutes to build.
+        backend = "inductor" if device.type == "cuda" else "aot_eager"
+        CompileBlock(backend=backend, fullgraph=True).apply(model)
     return model
-
-
-def compile_blocks(model: lattice.LanguageModel, device: torch.device) -> None:
-    """Each layer by itself, in one graph; on a CPU traced only, as its code would take minutes to build.
-    A layer is called with as many kinds of arguments as a recurrence has passes: more than 8."""
-    torch._dynamo.config.recompile_limit = 64
-    for block in model.decoder.blocks:
-        block.compile(fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
 
 
 def some_ids(model: lattice.LanguageModel, rows: int, length: int) -> Tensor:

@@ -218,12 +218,11 @@ def attend(
     """Rotates the queries; scaled dot-product attention: (B, S, H·E)."""
     # The output lies in memory as the queries do: slot by slot, so that no copy makes it so.
     query_BHSE = rotate(query_BSHE, rotary).transpose(1, 2)
-    shared = query_BHSE.shape[1] != key_BGSE.shape[1]
+    # Only where it is so: in a graph for all sizes the comparison is a symbol, and torch wants a bool.
+    sharing = {"enable_gqa": True} if query_BHSE.shape[1] != key_BGSE.shape[1] else {}
     if (blocks := mask.blocks) is not None:
-        out_BHSE = blocks.attention(
-            query_BHSE, key_BGSE, value_BGSE, block_mask=blocks.mask, enable_gqa=shared
-        )
+        out_BHSE = blocks.attention(query_BHSE, key_BGSE, value_BGSE, block_mask=blocks.mask, **sharing)
     else:
-        options = {"attn_mask": mask.allowed, "is_causal": mask.causal, "enable_gqa": shared}
+        options = {"attn_mask": mask.allowed, "is_causal": mask.causal, **sharing}
         out_BHSE = attention(query_BHSE, key_BGSE, value_BGSE, **options)
     return out_BHSE.transpose(1, 2).flatten(2)

@@ -24,6 +24,10 @@ class CompileBlock(Compile):
     backend: str = "inductor"
     """Of torch.compile; "aot_eager" and "eager" build the graphs and generate no code."""
 
+    fullgraph: bool = False
+    """As of torch.compile: what can be in no graph is an error, in place of computed without one. Writing to
+    a cache is: in Gauss-Seidel sweeps and while generating."""
+
     def __post_init__(self) -> None:
         known = [*torch.compiler.list_backends(), "aot_eager", "eager"]
         if self.backend not in known:
@@ -33,4 +37,4 @@ class CompileBlock(Compile):
         allow_graphs()
         for block in model.decoder.blocks:
             # Shapes are those of the recipe's batches: a graph for them is faster than one for all shapes.
-            block.compile(backend=self.backend, dynamic=False)
+            block.compile(backend=self.backend, fullgraph=self.fullgraph, dynamic=False)

@@ -5,7 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import lattice
+from lattice.components.compile.block import CompileBlock
 from lattice.draws import Draw
+from lattice.graphs import GRAPHS
 
 TINY = {
     "kind": "gpt_neox",
@@ -67,6 +69,43 @@ def test_compiled_layers(recurrence, checkpointing):
     assert graphs[-1] == graphs[5] > 0  # by then every count was drawn, and there is none for each
     torch.testing.assert_close(compiled.eval()(ids).logits, eager.eval()(ids).logits)
     assert torch.equal(lattice.generate(compiled, ids, 3), lattice.generate(eager, ids, 3))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backbone", ["gpt_neox", "llama"])
+def test_graphs_for_sizes_that_change(backbone):
+    """As a user may call torch.compile: sizes that differ between models become symbols, heads among them."""
+    torch.compiler.reset()
+    for heads, shared in ((4, 2), (6, 6), (3, 1)):
+        sizes = {**TINY, "kind": backbone, "hidden_size": 8 * heads, "num_attention_heads": heads}
+        sizes["num_hidden_layers"] = 2
+        if backbone == "llama":
+            sizes["num_key_value_heads"] = shared
+        recipe = lattice.load_recipe({"backbone": sizes, "recurrence": RECURRENCES["jacobi"]})
+        eager, compiled = lattice.build_model(recipe), lattice.build_model(recipe)
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+            for block in compiled.decoder.blocks:
+                block.compile(backend="eager", fullgraph=True)
+            ids = torch.randint(49, (2, 4 + heads), generator=torch.Generator().manual_seed(heads))
+            loss, mine = gradients(compiled, ids, 1)
+        expected, theirs = gradients(eager, ids, 1)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(mine, theirs)
+    torch.compiler.reset()
+
+
+def test_a_full_graph_or_an_error():
+    """The writes to a cache are in no graph: Jacobi iteration has none, sweeps do."""
+    torch.compiler.reset()
+    ids = torch.randint(49, (2, 8), generator=torch.Generator().manual_seed(0))
+    for recurrence in ("jacobi", "sweeps"):
+        model = lattice.build_model(recipe_of(recurrence))
+        CompileBlock(backend="eager", fullgraph=True).apply(model)
+        if recurrence == "jacobi":
+            gradients(model, ids, 0)
+        else:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+                gradients(model, ids, 0)
     torch.compiler.reset()
 
 

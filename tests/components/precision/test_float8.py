@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lattice
+from lattice.components.compile.block import CompileBlock
 from lattice.components.precision.float8 import Float8
 from lattice.components.precision.formats import BFloat16
 from lattice.draws import Draw
@@ -267,8 +268,7 @@ def test_compiled_blocks():
     """Traced in one graph; the operations are the same, so that nothing rounds otherwise."""
     _, loss, gradients = computed(tiny(recurrence={"kind": "none"}, layers=2), float8())
     model = tiny(recurrence={"kind": "none"}, layers=2)
-    for block in model.decoder.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
+    CompileBlock(fullgraph=True, backend="aot_eager").apply(model)
     _, again, compiled = computed(model, float8())
     assert again == pytest.approx(loss, abs=1e-6)
     for name, gradient in gradients.items():
