@@ -171,7 +171,7 @@ class Slots:
 
     def at(self, row: Tensor, index: Tensor) -> Side:
         """The slot at `index` of batch row `row`, as scalars: what a mask of FlexAttention is asked about."""
-        return self._side(lambda values: values[row if len(values) > 1 else 0, index])
+        return self._side(lambda values: values[row, index] if len(values) > 1 else values.squeeze(0)[index])
 
     def _side(self, take: Callable[[Tensor], Tensor]) -> Side:
         def maybe(values: Tensor | None) -> Tensor | None:
