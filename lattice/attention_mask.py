@@ -14,14 +14,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lattice.decoder import AttentionMask, Blocks
 from lattice.graphs import allow_graphs
 from lattice.protocols import Mask
 from lattice.slots import Side, Slots
 
+BLOCK = 128
+"""Slots of a block; FlexAttention skips blocks of which no pair is seen."""
+
 BLOCKS_FROM = 512
-"""Queries from which on a GPU takes a block mask: FlexAttention skips blocks of 128 by 128."""
+"""Queries from which on a GPU takes a block mask."""
+
+PAIRS = 2**22
+"""Pairs of slots that are looked at together to find the blocks, of all rows."""
 
 
 def allowed(mask: Mask, queries: Slots, keys: Slots) -> Tensor | None:
@@ -106,7 +113,7 @@ def attention_mask(mask: Mask, queries: Slots, keys: Slots, *, newest: bool) -> 
 
 def block_mask(mask: Mask, queries: Slots, keys: Slots) -> Blocks:
     """The same predicate by blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     allow_graphs()  # past torch's own limit FlexAttention goes on uncompiled, and holds all scores
 
@@ -114,16 +121,41 @@ def block_mask(mask: Mask, queries: Slots, keys: Slots) -> Blocks:
         query, key = queries.at(row, query_index), keys.at(row, key_index)
         return _composed(query, key, mask.sees(query, key))
 
-    rows = _rows(queries, keys)
-    blocks = create_block_mask(
-        mask_mod,
-        B=rows if rows > 1 else None,
-        H=None,
-        Q_LEN=len(queries.stage_S),
-        KV_LEN=len(keys.stage_S),
-        device=queries.stage_S.device,
+    seen_BQK = _seen_by_block(mask, queries, keys)
+    whole_BQK = seen_BQK == BLOCK * BLOCK
+    blocks = BlockMask.from_kv_blocks(
+        *_listed((seen_BQK > 0) & ~whole_BQK),
+        *_listed(whole_BQK),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(len(queries.stage_S), len(keys.stage_S)),
     )
     return Blocks(blocks, _flex_attention(queries.stage_S.device.type))
+
+
+def _seen_by_block(mask: Mask, queries: Slots, keys: Slots) -> Tensor:
+    """(B or 1, blocks of queries, blocks of keys): how many of a block's pairs are seen.
+
+    torch's create_block_mask is the same, but holds all pairs at once: gigabytes for long texts.
+    """
+    size = len(queries.stage_S), len(keys.stage_S)
+    lines = max(1, PAIRS // (BLOCK * size[1] * _rows(queries, keys))) * BLOCK
+    counts = []
+    for start in range(0, size[0], lines):
+        part = queries.part(start, start + lines, queries.stop)
+        seen = allowed(mask, part, keys)
+        if seen is None:
+            seen = before_or_at(part.queries(), keys.keys())
+        padded = F.pad(seen, (0, -size[1] % BLOCK, 0, -seen.shape[1] % BLOCK))
+        rows, height, width = padded.shape
+        counts.append(padded.view(rows, height // BLOCK, BLOCK, width // BLOCK, BLOCK).sum(dim=(2, 4)))
+    return torch.cat(counts, dim=1)
+
+
+def _listed(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: those first, then the others."""
+    order = torch.argsort(blocks_BQK.int(), dim=-1, descending=True, stable=True)
+    return blocks_BQK.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 @cache

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_models import masks, tiny
+from torch.nn.attention.flex_attention import create_block_mask
 
 import lattice
-from lattice.attention_mask import allowed, attention_mask, before_or_at, block_mask
+from lattice import attention_mask as attention_masks
+from lattice.attention_mask import BLOCK, allowed, attention_mask, before_or_at, block_mask
 from lattice.components.mask.causal import Causal
 from lattice.components.mask.document import Document
 from lattice.decoder import AttentionMask, attend, rotary_tables
@@ -183,6 +185,28 @@ def test_block_masks_give_the_same_attention(length):
     blocks = AttentionMask(causal=False, blocks=block_mask(mask, slots, slots))
     one, other = (attend(query, key, value, rotary, kind) for kind in (dense, blocks))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [1, 2**16, 2**22])
+@pytest.mark.parametrize(("lengths", "stages"), [((70, 70), 2), ((128, 128), 3), ((33, 300), 1)])
+def test_blocks_are_those_that_torch_finds(pairs, lengths, stages, monkeypatch):
+    """create_block_mask looks at all pairs at once; how many are looked at together changes nothing."""
+    monkeypatch.setattr(attention_masks, "PAIRS", pairs)
+    queries, keys = lengths
+    documents = torch.arange(keys).expand(2, -1) // torch.tensor([[40], [150]])
+    slots = Slots.interleaved(Tokens.of(torch.zeros(2, keys), None, documents), stages)
+    newest = slots.part((keys - queries) * stages, keys * stages, slots.stop)
+    for mask in (Causal(), Document(), Document(window=20, thoughts="last"), Causal(window=140)):
+        ours = block_mask(mask, newest, slots).mask
+        theirs = create_block_mask(
+            ours.mask_mod, 2, None, queries * stages, keys * stages, device="cpu", BLOCK_SIZE=BLOCK
+        )
+        assert ours.seq_lengths == theirs.seq_lengths
+        assert torch.equal(ours.to_dense().expand(2, -1, -1, -1), theirs.to_dense())
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(ours, name).expand(2, -1, -1), getattr(theirs, name)), name
+        for name in ("kv_indices", "full_kv_indices", "q_indices", "full_q_indices"):
+            assert torch.equal(getattr(ours, name).expand(2, -1, -1, -1), getattr(theirs, name)), name
 
 
 class Wrong(Causal):
