@@ -69,8 +69,12 @@ def test_it_stays_compiled_whatever_the_shapes(backbone, layers, monkeypatch):
     limit = torch._dynamo.config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), limit:
         by_blocks = [model(**batch).logits for batch in batches]
+        graphs = counters["stats"]["unique_graphs"]
+        for batch in batches:
+            model(batch["input_ids"], documents=batch["documents"] // 2)
     torch.testing.assert_close(by_blocks, by_booleans, atol=1e-5, rtol=1e-5)
-    assert 0 < counters["stats"]["unique_graphs"] < GRAPHS / 2
+    assert 0 < graphs < GRAPHS / 2
+    assert counters["stats"]["unique_graphs"] == graphs  # none for other documents of known shapes
 
 
 def test_a_block_mask_brings_its_limit():
