@@ -192,7 +192,7 @@ def test_an_interrupted_sweep_loses_nothing(tmp_path):
 # ── comparisons ───────────────────────────────────────────────────────────────────────────────────
 def test_runs_of_other_text_do_not_compare(tmp_path, capsys):
     train(tmp_path / "one")
-    train(tmp_path / "other", data={"kind": "embedded", "megabytes": 0.4, "validation_fraction": 0.2})
+    train(tmp_path / "other", data={"kind": "embedded", "megabytes": 1.0, "validation_fraction": 0.2})
     runs, _ = find_runs([tmp_path / "one", tmp_path / "other"])
     with pytest.raises(ValueError, match=r"do not compare, for they differ in: training text \w+, \w+"):
         check_comparable(runs)
