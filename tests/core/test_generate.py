@@ -52,7 +52,7 @@ def test_greedy_decoding_is_full_recomputation(backbone, thoughts):
     exact = (thoughts or 0) * (4 + new_tokens - 1)
     model = tiny(backbone, NONE if thoughts is None else thinking(thoughts, exact))
     expected = recomputed(model, prompt, new_tokens)
-    assert len(expected[:, 4:].unique()) > 1  # a constant text would tell little
+    assert len(expected[:, 4:].unique()) > 2  # a constant text would tell little
     for parallel in (False, True):
         assert torch.equal(lattice.generate(model, prompt, new_tokens, parallel_prefill=parallel), expected)
 
