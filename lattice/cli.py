@@ -273,12 +273,12 @@ def sweep(study: Path, *, out: Path | None = None, jobs: int = 1, set_: Set = No
     outcome = sweep_(plan_, folder, at_once=jobs)
     if outcome.stopped:
         sys.exit(130)
+    show_failures(outcome)
     if outcome.folders:
         notes = {arm.name: arm.matched for arm in plan_.arms if arm.matched}
         runs, _ = find_runs(outcome.folders, trust_imports=True)
         report(runs, folder, title=study.stem, notes=notes)
     if outcome.failed:
-        show_failures(outcome)
         sys.exit(1)
 
 
@@ -346,8 +346,8 @@ def eval_(
     few_shot: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
     include: Path | None = None,
     held_out: bool | None = None,
-    overlap: int = 0,
-    batch: int = 16,
+    overlap: int | None = None,
+    batch: int | None = None,
     samples: Path | None = None,
     set_: Set = None,
     device: str = "auto",
@@ -375,9 +375,10 @@ def eval_(
     held_out
         Run the recipe's evaluators, and one document by document; as a rule only without --tasks.
     overlap
-        Tokens of context that each window of a long document takes from the one before it.
+        Tokens of context that each window of a long document takes from the one before it; 0, or what the
+        recipe's evaluator `documents` has, if not given.
     batch
-        Windows of documents, inputs of tasks, or texts to decode that are computed at once.
+        Windows of documents, inputs of tasks, or texts to decode that are computed at once; 16 if not given.
     samples
         A folder for every question with its answers.
     out

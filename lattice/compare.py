@@ -123,7 +123,8 @@ class Group:
 
 
 def find_runs(paths: Iterable[Path], *, trust_imports: bool = False) -> tuple[list[Run], list[Path]]:
-    """The finished runs at and beneath `paths`, and the directories of those that are not finished.
+    """The finished runs at and beneath `paths`, and the directories of those that are not finished, or were
+    and now go on to more steps.
 
     Raises FileNotFoundError for a path without any run, and the errors of a recipe that cannot be read.
     """
@@ -135,7 +136,11 @@ def find_runs(paths: Iterable[Path], *, trust_imports: bool = False) -> tuple[li
             unfinished.append(folder)
             continue
         recipe = recipe_of(folder, trust_imports=trust_imports)
-        found.append(Run(folder, recipe, json.loads(summary.read_text(encoding="utf-8"))))
+        run = Run(folder, recipe, json.loads(summary.read_text(encoding="utf-8")))
+        if run.summary["steps"] < recipe.run.steps:
+            unfinished.append(folder)
+        else:
+            found.append(run)
     return found, unfinished
 
 
@@ -150,16 +155,26 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
                 "wrote"
             )
         folders += beneath
-    return list(dict.fromkeys(folders))
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    return list(once.values())
 
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
-    """Runs by their recipe without its seed, in the order in which they were given."""
+    """Runs by their recipe without its seed, in the order in which they were given. Where a seed would be
+    there twice, as in arms of a study that come to the same recipe, each arm's directory is a group."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         table = run.recipe.table()
         table["run"] = {key: value for key, value in table["run"].items() if key not in ("seed", "log_every")}
         members.setdefault(json.dumps(table, sort_keys=True), []).append(run)
+    for recipe, of in list(members.items()):
+        seeds = [run.recipe.run.seed for run in of]
+        if len(set(seeds)) < len(seeds):
+            del members[recipe]
+            for run in of:
+                members.setdefault(f"{recipe} {_arm(run.folder)}", []).append(run)
     names = [_name(of[0].folder) for of in members.values()]
     return [
         Group(name if names.count(name) == 1 else str(of[0].folder), tuple(of))
@@ -185,8 +200,13 @@ def families_of(groups: Iterable[Group]) -> list[list[Group]]:
 
 
 def _name(folder: Path) -> str:
+    return _arm(folder).name
+
+
+def _arm(folder: Path) -> Path:
+    """The directory of an arm, for a seed of it; a run's own otherwise."""
     folder = folder.resolve()
-    return folder.parent.name if SEED_FOLDER.fullmatch(folder.name) else folder.name
+    return folder.parent if SEED_FOLDER.fullmatch(folder.name) else folder
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -17,6 +17,7 @@ from lattice.thought_counts import counted
 
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
+BATCH = 16
 NEVER = 2**62
 """A step that no run reaches: points of earlier evaluations are not taken back."""
 
@@ -34,8 +35,10 @@ class Wanted:
     """Numbers of solved examples before each question, one after the other; as the task says if none."""
     limit: int | None = None
     """Questions of a task, documents of the held-out text."""
-    overlap: int = 0
-    batch: int = 16
+    overlap: int | None = None
+    """Of the evaluator `documents`; as the recipe says, or 0, if not given."""
+    batch: int | None = None
+    """Questions, or windows of documents, at once; as the recipe says for documents, or 16, if not given."""
     samples: Path | None = None
     """Folder for every question with its requests and answers."""
 
@@ -51,10 +54,11 @@ class Wanted:
         """What the recipe needs to have the evaluator of documents."""
         if not self.held_out:
             return []
-        settings = {"kind": '"documents"', "overlap": self.overlap, "batch": self.batch}
-        if self.limit is not None:
-            settings["max_documents"] = self.limit
-        return [f"evaluators.documents.{name}={value}" for name, value in settings.items()]
+        given = {"overlap": self.overlap, "batch": self.batch, "max_documents": self.limit}
+        settings = {"kind": '"documents"', **given}
+        return [
+            f"evaluators.documents.{name}={value}" for name, value in settings.items() if value is not None
+        ]
 
 
 def evaluate(
@@ -82,7 +86,7 @@ def evaluate(
     ]
     results: list[dict[str, Any]] = []
     path = out or folder / RESULTS
-    changes = [*overrides, *wanted.overrides]
+    changes = [*wanted.overrides, *overrides]
     recipe = recipe_of(run, overrides=changes, trust_imports=trust_imports)
     recipes = [counted(recipe, *setting) for setting in settings]  # all of them before the first is loaded
     for (count, iterated), with_counts in zip(settings, recipes, strict=True):
@@ -130,7 +134,7 @@ def _figures(
             include=wanted.include,
             few_shot=shots,
             limit=wanted.limit,
-            batch=wanted.batch,
+            batch=wanted.batch or BATCH,
             samples=wanted.samples is not None,
         )
         given = "" if shots is None else f"{shots}shot"

@@ -31,6 +31,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """What lm-eval remembers a request by, ids of the context, ids of what is scored."""
 MAX_NEW_TOKENS = 256
 """Of a generation whose task does not say, as in lm-eval's Hugging Face model."""
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""How tasks say it; lm-eval's own models take the first of these that is given."""
 
 
 @register_model("lattice")
@@ -102,6 +104,10 @@ class LatticeLM(TemplateLM):
         recurrence lets them; those with the same input always do. Rows of like length share a batch, the
         longest first.
         """
+        for texts, context, scored in requests:
+            if not scored:
+                asked = texts[0] if texts else f"{len(context)} tokens"
+                raise ValueError(f"the continuation of {asked!r} is empty: there is nothing to score")
         inputs = [tuple((context + scored)[-(self.max_length + 1) :][:-1]) for _, context, scored in requests]
         of_input: dict[Text, list[int]] = {}
         for index, ids in enumerate(inputs):
@@ -216,12 +222,13 @@ class _Generation:
     def __init__(self, given: dict[str, Any]) -> None:
         until = given.get("until") or []
         self.stop = [until] if isinstance(until, str) else [text for text in until if text]
-        self.new_tokens = int(given.get("max_gen_toks", MAX_NEW_TOKENS))
+        limits = (given[name] for name in LIMITS if given.get(name) is not None)
+        self.new_tokens = int(next(limits, MAX_NEW_TOKENS))
         temperature = float(given.get("temperature") or 0.0)
         sampled = given.get("do_sample", temperature > 0) and temperature > 0
         self.sampling = Sampling(
             temperature=temperature if sampled else 0.0,
-            top_k=given.get("top_k") if sampled else None,
+            top_k=(given.get("top_k") or None) if sampled else None,  # 0 is none, as in transformers
             top_p=given.get("top_p") if sampled else None,
             seed=0,
         )

@@ -104,7 +104,7 @@ def _curves(
                 continue
             at = np.array(curves[0][0][:length]) * scale(group)
             losses = np.array([losses[:length] for _, losses in curves])
-            axes.plot(at, losses.mean(0), label=group.name, **_style(index))
+            axes.plot(at, losses.mean(0), label=_label(group.name), **_style(index))
             axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
         axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token", xscale="log")
     return png.getvalue()
@@ -120,7 +120,7 @@ def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callabl
                 loss.mean,
                 [[below], [above]],
                 capsize=3,
-                label=group.name,
+                label=_label(group.name),
                 **(_style(index) | {"linestyle": "none"}),
             )
         for family in families_of(groups):
@@ -144,7 +144,7 @@ def _residuals(groups: Sequence[Group]) -> bytes:
             longest = max(map(len, rows), default=0)
             means = [np.mean([row[at] for row in rows if len(row) > at]) for at in range(longest)]
             if means:
-                axes.plot(range(1, longest + 1), means, label=group.name, **_style(index))
+                axes.plot(range(1, longest + 1), means, label=_label(group.name), **_style(index))
         axes.set(xlabel="iteration", ylabel="relative change of the thoughts", yscale="log")
         axes.locator_params("x", integer=True)
     return png.getvalue()
@@ -158,6 +158,11 @@ def _style(index: int, *, marked: bool = True) -> dict[str, Any]:
         "marker": "osD^vPX*"[index % 8] if marked else "",
         "markersize": 5,
     }
+
+
+def _label(name: str) -> str:
+    """As it is: between dollars matplotlib would read mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _name(axes: Axes) -> None:
@@ -175,6 +180,8 @@ def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
     for key in wanted:
         if key not in known:
             raise ValueError(f"no run has the metric '{key}'. Known: {', '.join(sorted(known))}")
+    if not wanted:
+        raise ValueError("no run has a loss yet: there is nothing to draw")
     plt, png = pyplot(), io.BytesIO()
     figure, panels = plt.subplots(
         len(wanted), 1, figsize=(8.5, 3.2 * len(wanted)), layout="constrained", squeeze=False
@@ -186,7 +193,7 @@ def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
                 tokens, values = zip(*points, strict=True)
                 seldom = "/" in key  # an evaluator's, not each step's
                 shown = np.array(values) if seldom else _smoothed(np.array(values))
-                axes.plot(tokens, shown, label=str(folder), **_style(index, marked=seldom))
+                axes.plot(tokens, shown, label=_label(str(folder)), **_style(index, marked=seldom))
         axes.set(xlabel="training tokens", ylabel=key)
         axes.grid(alpha=0.3)
         _name(axes)

@@ -34,7 +34,7 @@ def check(
     world = world or World()
     tokenizer: Tokenizer = recipe.component("tokenizer")
     data: Data = recipe.component("data")
-    problems = [*_shapes(recipe), *_division(recipe, world)]
+    problems = [*_shapes(recipe), *_names(recipe), *_division(recipe, world)]
     gathered_fits = None
     if not problems:
         problems, gathered_fits = _memory(recipe, world, device or choose_device(recipe.run.device))
@@ -55,6 +55,16 @@ def _shapes(recipe: Recipe) -> list[str]:
     return [
         f"{place}: run.sequence_tokens = {length}: must be at most "
         f"backbone.max_position_embeddings = {context}"
+    ]
+
+
+def _names(recipe: Recipe) -> list[str]:
+    """Evaluators whose loss would be taken for the training's."""
+    return [
+        f"{recipe.origin(('evaluators', name))}: [evaluators.{name}]: '{name}_loss' is the training's in "
+        "summary.json; choose another name"
+        for name in recipe.named("evaluator")
+        if name in ("first", "last")
     ]
 
 

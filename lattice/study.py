@@ -42,6 +42,8 @@ SHARED: tuple[Path_, ...] = (
 """What all arms have in common."""
 MATCH = "match"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+WRITTEN = (".json", ".png", ".html")
+"""What a comparison writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +133,19 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise RecipeError(problems)
     arms = _Arms(source, path.parent / study.base, overrides, problems)
     found = arms.all()
+    if not problems and not _common_evaluators([arm.recipe for arm in found.values()]):
+        problems.append(
+            f"{path}: the arms have no evaluator with the same settings in common, so that nothing compares "
+            "them: set [evaluators.NAME] in the base"
+        )
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return Study(name=path.stem, seeds=study.seeds, arms=tuple(found[name] for name in tables))
+
+
+def _common_evaluators(recipes: Sequence[Recipe]) -> list[str]:
+    first, *others = (recipe.table().get("evaluators", {}) for recipe in recipes)
+    return [name for name, settings in first.items() if all(o.get(name) == settings for o in others)]
 
 
 class _Arms:
@@ -176,9 +188,18 @@ class _Arms:
         if not NAME.fullmatch(name):
             problem = "an arm's name may hold letters, digits and _ . + = - and begins with one of the former"
             self._problems.append(f"{self._place(name)}: arm '{name}': {problem}")
+        elif Path(name).suffix in WRITTEN:
+            problem = (
+                f"an arm's name may not end in {', '.join(WRITTEN)}: the comparison's files lie beside it"
+            )
+            self._problems.append(f"{self._place(name)}: arm '{name}': {problem}")
         if not isinstance(table, dict) or MATCH not in table:
             return None
         match: Match | None = options.build(Match, ("arms", name, MATCH), self._source, self._problems)
+        for key in match.by if match is not None else ():
+            if any(tuple(key.split("."))[: len(shared)] == shared for shared in SHARED):
+                place = self._place(name, MATCH, "by")
+                self._problems.append(f"{place}: arms.{name}.match.by: '{key}' is what all arms share")
         if match is not None and match.of not in self._tables:
             hint = nearest(match.of, self._tables)
             place = self._place(name, MATCH, "of")

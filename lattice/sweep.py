@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from lattice import atomic, preflight
 from lattice.console import console, errors, say
 from lattice.interrupts import StopRequest
 from lattice.recipe import Recipe, RecipeError, load_recipe
-from lattice.run_folder import METRICS, SUMMARY, RunExists, check_same, locked
+from lattice.run_folder import METRICS, RECIPE, SUMMARY, RunExists, check_same, locked, read_table
 from lattice.study import Arm, Study
 
 POLL_SECONDS = 0.5
@@ -58,7 +59,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has taken all the steps that the arm now has."""
+        """Whether the run has taken all its steps."""
         path = self.folder / SUMMARY
         return path.is_file() and json.loads(path.read_text())["steps"] >= self.arm.recipe.run.steps
 
@@ -107,13 +108,16 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
         raise ValueError(f"jobs = {at_once}: must be at least 1")
     jobs = jobs_of(study, out)
     _check(jobs)
-    left = deque(job for job in jobs if not job.finished)
-    for job in left:
-        atomic.write_file(job.recipe, job.arm.recipe.to_toml().encode())
     outcome = Outcome()
-    if left:
-        say(f"{len(left)} of {len(jobs)} runs to do; they lie in '{out}'")
-    with locked(out), StopRequest() as stop, _Bars(jobs, left) as bars:
+    with ExitStack() as stack:
+        stack.enter_context(locked(out))
+        left = deque(job for job in jobs if not job.finished)
+        for job in left:
+            atomic.write_file(job.recipe, job.arm.recipe.to_toml().encode())
+        if left:
+            say(f"{len(left)} of {len(jobs)} runs to do; they lie in '{out}'")
+        stop = stack.enter_context(StopRequest())
+        bars = stack.enter_context(_Bars(jobs, left))
         running: dict[Job, subprocess.Popen[bytes]] = {}
         while left or running:
             while left and len(running) < at_once and not stop.received:
@@ -151,6 +155,14 @@ def _check(jobs: Sequence[Job]) -> None:
             check_same(job.folder, job.seeded)
         except RunExists as error:
             problems.append(f"arm '{job.arm.name}': {error}")
+            continue
+        steps = job.arm.recipe.run.steps
+        if (job.folder / RECIPE).is_file() and (before := read_table(job.folder)["run"]["steps"]) != steps:
+            problems.append(
+                f"arm '{job.arm.name}': '{job.folder}' is a run of {before} steps, and run.steps is {steps} "
+                "now: schedules that end elsewhere do not compare. Choose another directory with --out, or "
+                "remove this one"
+            )
     for arm in {job.arm.name: job.arm for job in jobs if not job.finished}.values():
         try:
             preflight.check(arm.recipe)

@@ -37,7 +37,7 @@ class Continuation:
         self._ids = list(prompt_ids)
         self._prompt = codec.decode(self._ids)
         self._text = ""
-        self._certain = 0
+        self._certain = ""
         self.tokens = 0
         self.finish: Literal["stop", "end"] | None = None
 
@@ -54,7 +54,7 @@ class Continuation:
             self.finish = "end"
             return self._release(len(self._text))
         self._ids.append(token)
-        self._text = self._codec.decode(self._ids)[len(self._prompt) :]
+        self._text = self._decoded()
         found = [at for stop in self._stop if (at := self._text.find(stop)) >= 0]
         if found:
             self.finish, self._text = "stop", self._text[: min(found)]
@@ -71,9 +71,17 @@ class Continuation:
         sizes = [size for stop in self._stop for size in range(1, len(stop)) if whole.endswith(stop[:size])]
         return len(self._text) - len(whole) + max(sizes, default=0)
 
+    def _decoded(self) -> str:
+        whole = self._codec.decode(self._ids)
+        if whole.endswith("\ufffd") and not whole.startswith(self._prompt + self._certain):
+            # Byte fallback: until a character is whole, no byte of those before it decodes either.
+            return self._certain + "\ufffd"
+        return whole[len(self._prompt) :]
+
     def _release(self, end: int) -> str:
-        start, self._certain = self._certain, max(self._certain, end)
-        return self._text[start : self._certain]
+        start = len(self._certain)
+        self._certain = self._text[: max(start, end)]
+        return self._certain[start:]
 
 
 def generate_text(

@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -141,22 +141,25 @@ class Loop:
             shown = stack.enter_context(Training(self.first, options.steps, options.log_every))
             steps = graph.source.steps(self.first)
             graph.model.train()
+            if self.first:
+                self._evaluate(self.first, shown, self._evaluated())
             for done in range(self.first + 1, options.steps + 1):
                 self.watch.at(done, "data")
                 row = self._step(done, next(steps))
                 self.watch.at(done, "log")
                 self._log(row)
                 shown.step(row)
+                due = done % graph.checkpoint_every == 0 or done == options.steps
+                if due:  # before an evaluation, which may fail
+                    self._save(done)
                 self._evaluate(done, shown)
                 self.watch.at(done, "log")
                 stopping = self._agreed(stop)
-                if done % graph.checkpoint_every == 0 or done == options.steps or stopping:
+                if stopping and not due:
                     self._save(done)
                 graph.checkpointer.poll()
                 if stopping and done < options.steps:
                     return self._stopped(done, stopping)
-            if self.first == options.steps:
-                self._evaluate(options.steps, shown)
         return self._summary()
 
     def _wait(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -185,15 +188,20 @@ class Loop:
         graph.optimizer.step()
         graph.optimizer.zero_grad()
         tokens = self.run_options.batch_tokens
-        return {
+        row = {
             "step": done,
             "tokens": done * tokens,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens / (time.perf_counter() - start),
-            **telemetry,
         }
+        if clash := row.keys() & telemetry.keys():
+            raise ValueError(
+                f"the recurrence logs {', '.join(sorted(clash))}, which the run itself logs: its telemetry "
+                "needs other names"
+            )
+        return {**row, **telemetry}
 
     def _forward_backward(self, done: int, batches: list[Batch]) -> tuple[list[float], dict[str, Any]]:
         """Each rank's part of the mean loss over the targets of all micro-batches of all ranks, and the mean
@@ -248,12 +256,17 @@ class Loop:
             f"The batch: {where}. {last[0].upper()}{last[1:]}"
         )
 
-    def _evaluate(self, done: int, shown: Training) -> None:
+    def _evaluated(self) -> list[str]:
+        """The evaluators whose figures of the step that the run goes on from are known."""
+        return self.graph.world.from_first(lambda: run_folder.evaluated(self.graph.folder, self.first))
+
+    def _evaluate(self, done: int, shown: Training, known: Collection[str] = ()) -> None:
+        """Runs the evaluators that are due after this step, but for those whose figures are known."""
         graph, last = self.graph, done == self.run_options.steps
         due = [
             name for name, one in graph.evaluators.items() if last or (one.every and done % one.every == 0)
         ]
-        for name in due:
+        for name in (name for name in due if name not in known):
             self.watch.at(done, "evaluation")
             graph.model.eval()
             with graph.spread.whole():

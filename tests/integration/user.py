@@ -57,6 +57,40 @@ class Logits(Evaluator):
         return {}
 
 
+@register("evaluator", "test_failing")
+@dataclass(frozen=True, kw_only=True)
+class Failing(Evaluator):
+    """Cannot evaluate before a file is there."""
+
+    file: str
+    every: int = 0
+
+    def evaluate(self, subject):
+        if not Path(self.file).exists():
+            raise ValueError(f"'{self.file}' is not there")
+        return {"done": 1.0}
+
+
+@register("recurrence", "test_telemetry")
+@dataclass(frozen=True, kw_only=True)
+class Logging(NoRecurrence):
+    """The plain model, logging a number under a name."""
+
+    name: str
+
+    def build(self, shape):
+        return LoggingPass(self)
+
+
+class LoggingPass(OnePass):
+    def __init__(self, options):
+        self.options = options
+
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
+        return Unrolled(hidden, {self.options.name: torch.tensor(1.0)})
+
+
 @register("recurrence", "test_not_finite")
 @dataclass(frozen=True, kw_only=True)
 class NotFinite(NoRecurrence):
