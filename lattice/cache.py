@@ -120,14 +120,14 @@ class KVCache:
         """From now on, keys and values of these rows (True) that are there are not replaced."""
         self._held_B = rows_B
 
-    def repeat(self, source: KVCache, segment: Segment) -> None:
-        """Gives a segment the keys and values that it has in `source`."""
+    def repeat(self, source: KVCache, segment: Segment, start: int, stop: int | None) -> None:
+        """Gives layers [start, stop) the keys and values of a segment that they have in `source`."""
         assert source.slots is not None
         at, size = source._starts[segment], segment.size
         if segment not in self._starts:
             queries = source.slots.part(at, at + size, segment.stop)
             self.place(segment, queries)
-        for mine, layer in zip(self.layers(segment, 0, None), source._layers, strict=True):
+        for mine, layer in zip(self.layers(segment, start, stop), source._layers[start:stop], strict=True):
             if (pair := layer.read(at, size)) is not None:
                 mine.append(*pair)
 

@@ -149,7 +149,7 @@ class Repeating(nn.Module, Unroll):
             keys = None if cache is None else cache.of_pass(index)
             if cache is not None and keys is not None and convergence.done_B is not None:
                 # What later tokens see of a row that is done are the keys of its last repetition.
-                keys.repeat(cache.of_pass(index - 1), stack.segment(1))
+                keys.repeat(cache.of_pass(index - 1), stack.segment(1), start, stop)
                 keys.hold(convergence.done_B)
             if converged:
                 continue  # nothing is computed; later tokens still find this one at every repetition

@@ -231,6 +231,18 @@ def test_depth_exits_when_a_token_has_converged(backbone):
     torch.testing.assert_close(stepwise(tight, ids), whole(ids).logits, atol=1e-8, rtol=0)
 
 
+def test_depth_with_a_tolerance_caches_no_more_than_without():
+    """The prelude and the coda run once, and the cache holds what they compute once."""
+    numbers = []
+    for options in ({}, {"tolerance": 0.5}, {"tolerance": 1e-12}):
+        depth = {"kind": "depth", "prelude": 1, "coda": 2, "repetitions": {"train": [2, 2], "eval": 6}}
+        model = tiny("llama", depth | options)
+        for parallel in (False, True):
+            _, cache = model.prefill(some_ids(2, 5), parallel=parallel)
+            numbers.append(cache.numbers)
+    assert len(set(numbers)) == 1
+
+
 @both_backbones
 @all_kinds
 def test_bf16_is_fp32_to_its_precision(backbone, kind):
