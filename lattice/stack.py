@@ -146,8 +146,9 @@ class Stack:
 
         def whole_pass(x_BLnD: Tensor) -> Tensor:
             alone = given
-            for block, layer_cache in zip(blocks, caches, strict=True):
-                needed = read if block is blocks[-1] else ALL
+            # By index: layers that share their weights may be one module.
+            for index, (block, layer_cache) in enumerate(zip(blocks, caches, strict=True)):
+                needed = read if index == len(blocks) - 1 else ALL
                 call = self._checkpointing.block(block)
                 x_BLnD, alone = call(x_BLnD, rotary, mask, layer_cache, needed, alone), None
             return self._final_norm(x_BLnD) if norm else x_BLnD

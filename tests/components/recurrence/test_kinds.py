@@ -245,6 +245,20 @@ def test_depth_with_a_tolerance_caches_no_more_than_without():
 
 @both_backbones
 @all_kinds
+def test_layers_may_be_one_module(backbone, kind):
+    """Which is then what layers with the same weights are."""
+    alike, shared, ids = tiny(backbone, KINDS[kind]), tiny(backbone, KINDS[kind]), some_ids(2, 5)
+    first = shared.decoder.blocks[0]
+    for index, block in enumerate(alike.decoder.blocks):
+        block.load_state_dict(first.state_dict())
+        shared.decoder.blocks[index] = first
+    assert len(set(shared.decoder.blocks)) == 1
+    torch.testing.assert_close(shared(ids).logits, alike(ids).logits, atol=1e-12, rtol=0)
+    torch.testing.assert_close(stepwise(shared, ids), stepwise(alike, ids), atol=1e-12, rtol=0)
+
+
+@both_backbones
+@all_kinds
 def test_bf16_is_fp32_to_its_precision(backbone, kind):
     ids = some_ids(2, 6)
     model = tiny(backbone, KINDS[kind]).float()
