@@ -113,6 +113,8 @@ class Side:
 
     token: Tensor
     """Place of the token in its text."""
+    position: Tensor
+    """Place of the token among the real ones of its text."""
     stage: Tensor
     document: Tensor | None
     """Number of the document; None where every row is one."""
@@ -179,6 +181,7 @@ class Slots:
 
         return Side(
             token=take(self.token_BS),
+            position=take(self.position_BS),
             stage=take(self.stage_S[None]),
             document=maybe(self.document_BS),
             real=maybe(self.real_BS),

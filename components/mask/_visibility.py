@@ -13,7 +13,7 @@ from lattice.slots import Side
 @dataclass(frozen=True, kw_only=True)
 class Visibility:
     window: int | None = None
-    """See the last n tokens alone, the query's own among them; all if not given."""
+    """See the last n tokens alone, the query's own among them, padding not counted; all if not given."""
     thoughts: Literal["all", "own", "last"] = "all"
     """Of earlier tokens see all slots; "own": the token itself, its thoughts are seen by its own later slots
     alone; "last": its last thought alone."""
@@ -26,7 +26,7 @@ class Visibility:
         """None where nothing is hidden."""
         parts = []
         if self.window is not None and self.window < key.stop:
-            parts.append(query.token - key.token < self.window)
+            parts.append(query.position - key.position < self.window)
         if self.thoughts != "all" and key.last_stage > 0:
             stage = 0 if self.thoughts == "own" else key.last_stage
             parts.append((key.stage == stage) | (key.token == query.token))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from mask_models import RECURRENCES, VOCABULARY, all_recurrences, both_backbones, some_ids, tiny
 
+from lattice.components.mask.causal import Causal
+
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [4, 5, 5, 5, 5, 5, 6, 6]])
 
 
@@ -92,3 +94,23 @@ def test_padded_rows_are_the_rows_alone(backbone, recurrence):
         if real.any():
             alone = model(ids[row, real][None]).logits[0]
             torch.testing.assert_close(logits[row, real], alone, atol=1e-10, rtol=0)
+
+
+@both_backbones
+@all_recurrences
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_window_does_not_count_padding(backbone, recurrence, window):
+    """Which lies between a right-padded prompt and what follows it, or where the mask has gaps."""
+    model, ids = tiny(backbone, recurrence), some_ids(3, 6)
+    model.mask = Causal(window=window)
+    padding = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 1]])
+    logits = model(ids, attention_mask=padding).logits
+    _, cache = model.prefill(ids, padding)
+    following = [model.step(ids[:, at : at + 1], cache) for at in range(2)]
+    for row, real in enumerate(padding.bool()):
+        alone = ids[row, real][None]
+        torch.testing.assert_close(logits[row, real], model(alone).logits[0], atol=1e-10, rtol=0)
+        _, cache = model.prefill(alone)
+        for at, logits_BV in enumerate(following):
+            own_BV = model.step(ids[row : row + 1, at : at + 1], cache)
+            torch.testing.assert_close(logits_BV[row], own_BV[0], atol=1e-10, rtol=0)

@@ -38,8 +38,12 @@ def by_hand(mask, real, document, queries, keys, row):
     """(Q, K) from lists of (token, stage)."""
     last = max(stage for _, stage in keys)
 
+    def between(query, key):
+        """Real tokens after the key's, up to the query's."""
+        return query - key if real is None else int(real[row, key + 1 : query + 1].sum())
+
     def visible(query, key):
-        if mask.window is not None and query[0] - key[0] >= mask.window:
+        if mask.window is not None and between(query[0], key[0]) >= mask.window:
             return False
         if key[0] == query[0] or mask.thoughts == "all":
             return True
