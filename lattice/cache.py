@@ -68,6 +68,12 @@ class KVCache:
         return 0 if self.slots is None else self.slots.stop
 
     @property
+    def rows(self) -> int | None:
+        """Rows of the batch that it holds; None as long as it holds none."""
+        held = (layer.read(0, 0) for layer in self._layers)
+        return next((len(pair[0]) for pair in held if pair is not None), None)
+
+    @property
     def segments(self) -> int:
         """How many passes added slots; with a segment it determines which slots are there."""
         return len(self._starts)

@@ -160,7 +160,12 @@ class LanguageModel(nn.Module):
         attention_mask_B1: Tensor | None = None,
         documents_B1: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, V) after one more token, its thoughts computed in sequence through the cache."""
+        """Logits (B, V) after one more token, its thoughts computed in sequence through the cache.
+
+        Raises ValueError for other rows than the cache holds, and for a mask or documents where the tokens
+        in the cache had none.
+        """
+        _check_step(ids_B1, cache, attention_mask_B1, documents_B1)
         first = cache.tokens
         self._check_length(first + 1)
         past_real_B = cache.real_tokens()
@@ -180,3 +185,20 @@ class LanguageModel(nn.Module):
                 f"{length} tokens do not fit the model's context of {self.shape.context}: shorten the input "
                 "or raise backbone.max_position_embeddings"
             )
+
+
+def _check_step(
+    ids_B1: Tensor, cache: KVCache, attention_mask_B1: Tensor | None, documents_B1: Tensor | None
+) -> None:
+    if ids_B1.dim() != 2 or ids_B1.shape[1] != 1:
+        raise ValueError(f"ids_B1: a step takes one token of each row, (B, 1), not {tuple(ids_B1.shape)}")
+    if cache.rows not in (None, len(ids_B1)):
+        raise ValueError(f"ids_B1: must have the {cache.rows} rows of the cache, not {len(ids_B1)}")
+    if cache.slots is None:
+        return
+    if attention_mask_B1 is not None and cache.slots.real_BS is None:
+        raise ValueError("attention_mask_B1: must be None, as for the tokens in the cache, which had no mask")
+    if documents_B1 is not None and cache.slots.document_BS is None:
+        raise ValueError("documents_B1: must be None, as for the tokens in the cache, which had no documents")
+    if documents_B1 is None and cache.slots.document_BS is not None:
+        raise ValueError("documents_B1: missing; the tokens in the cache had documents")

@@ -278,6 +278,32 @@ def test_an_empty_prompt_cannot_be_prefilled(untouched):
             untouched.prefill(torch.empty(1, 0, dtype=torch.long), parallel=parallel)
 
 
+@pytest.mark.parametrize("recurrence", [NONE, thinking(1), {"kind": "depth", "prelude": 0, "coda": 1}])
+def test_a_step_that_does_not_fit_its_cache_is_refused(recurrence):
+    """And leaves the cache as it was."""
+    model, ids = tiny(recurrence=recurrence), some_ids(2, 3)
+    ones = torch.ones(2, 1, dtype=torch.long)
+    expected = model.step(ids[:, :1], model.prefill(ids)[1])
+    _, cache = model.prefill(ids)
+    for arguments, message in [
+        ((ids[:, :2],), r"ids_B1: a step takes one token of each row, \(B, 1\), not \(2, 2\)"),
+        ((ids[0, :1],), r"ids_B1: .* not \(1,\)"),
+        ((ids[:1, :1],), "ids_B1: must have the 2 rows of the cache, not 1"),
+        ((ids[[0, 1, 1], :1],), "ids_B1: must have the 2 rows of the cache, not 3"),
+        ((ids[:, :1], ones), "attention_mask_B1: must be None"),
+        ((ids[:, :1], None, ones), "documents_B1: must be None"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.step(arguments[0], cache, *arguments[1:])
+    assert torch.equal(model.step(ids[:, :1], cache), expected)
+    cache = model.cache()
+    model.step(ids[:, :1], cache, ones, ones)
+    with pytest.raises(ValueError, match="documents_B1: missing"):
+        model.step(ids[:, 1:2], cache, ones)
+    model.step(ids[:, 1:2], cache, None, ones)  # without a mask a token is a real one
+    assert cache.real_tokens().tolist() == [2, 2]
+
+
 def test_a_stream_is_what_generate_collects():
     model, prompt = tiny(recurrence=thinking(2)), some_ids(2, 4)
     tokens = list(stream(model, prompt, 5))
