@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import lattice
-from lattice import cli, registry
+from lattice import cli, registry, scaffold
 from lattice.testing import BACKBONES, assert_conforms, check_recurrence
 from tests.built_in import built_in
 
@@ -156,3 +156,18 @@ def test_new_writes_what_conforms_and_trains(capsys, tmp_path, monkeypatch):
         code, _, err = run(capsys, "new", *arguments)
         assert code == (2 if message else 0)
         assert (message or "") in err
+
+
+@pytest.mark.parametrize("name", ["unroll", "unrolled", "pass_", "recurrence", "dataclass", "true", "_1"])
+def test_new_writes_what_works_under_any_name(tmp_path, name):
+    """Though the class of that name would be one that the file imports, or none."""
+    code, _ = scaffold.write("recurrence", name, tmp_path)
+    registry.import_user_code(code.name, tmp_path)
+    assert_conforms({"kind": name}, check="cost", backbone="llama")
+
+
+@pytest.mark.parametrize("name", ["torch", "lattice", "dataclasses"])
+def test_new_hides_no_module(tmp_path, name):
+    with pytest.raises(ValueError, match=f"name '{name}': {name}.py would hide the module"):
+        scaffold.write("recurrence", name, tmp_path)
+    assert not list(tmp_path.iterdir())
