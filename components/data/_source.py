@@ -9,10 +9,14 @@ parts. So the step number alone says where a run stands, whatever the number of 
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count, islice
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,7 @@ from lattice.protocols import Batch, DataRequest, Source
 IGNORED = -100
 PREFETCH = 4
 """Micro-batches each worker process reads ahead."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Window:
@@ -70,6 +75,22 @@ class Sequences(Dataset[Batch]):
 @lru_cache(maxsize=4)
 def _shuffle(n: int, seed: int, epoch: int) -> Shuffle:
     return Shuffle(n, seed, epoch)
+
+
+def _obey_the_trainer(worker: int) -> None:
+    """Lets this worker end only when its trainer ends it. torchrun, a scheduler and a terminal signal all
+    processes of a run, and the trainer needs its workers until it has saved."""
+    trainer = parent_process()
+    assert trainer is not None
+
+    def obey() -> None:
+        while signal.sigwaitinfo(STOPS).si_pid != trainer.pid:
+            pass
+        os._exit(0)
+
+    # Blocked here, and so in all threads that start from here; torch notices itself when the trainer is gone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    threading.Thread(target=obey, daemon=True).start()
 
 
 def _identity(places: list[tuple[int, int]]) -> str:
@@ -131,6 +152,7 @@ class PackedSource(Source):
                 batch_size=None,
                 num_workers=self._workers,
                 prefetch_factor=PREFETCH if self._workers else None,
+                worker_init_fn=_obey_the_trainer if self._workers else None,
                 generator=torch.Generator(),
                 snapshot_every_n_steps=1 << 30,
             )

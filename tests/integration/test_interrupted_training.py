@@ -1,12 +1,13 @@
 """Runs that are interrupted, by signals or worse, and go on as if nothing had been."""
 
+import os
 import signal
 import time
 
 import pytest
 
 from lattice import run_folder
-from tests.integration.training_runs import rows, start, steps, stop_at
+from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,23 @@ def test_sigterm_from_outside_and_the_lock(place, train, whole, tmp_path):
     assert 2 <= len(done) < 12
     train()
     assert rows(tmp_path / "run") == whole()
+
+
+def test_sigterm_to_all_processes_leaves_the_data_workers_alone(place, short_documents, tmp_path):
+    """As torchrun and schedulers send it: what is meant for the trainer reaches its workers, too."""
+    slow = ("metrics.slow.kind=test_signal", "metrics.slow.sleep=0.2")
+    process = start(place, tmp_path / "run", *short_documents, "data.workers=1", *slow, own_group=True)
+    for line in process.stdout:
+        if line.startswith("step 2/6"):
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGTERM: stopped after step" in out
+    assert "Traceback" not in errors
+    done = steps(tmp_path / "run")
+    assert 2 <= len(done) < 6
+    assert checkpoints(tmp_path / "run") == [f"step-{done[-1]:08}"]
 
 
 def test_a_second_sigint_ends_at_once(place, tmp_path):

@@ -71,8 +71,9 @@ def stop_at(step, name="SIGTERM"):
     return ("metrics.stop.kind=test_signal", f"metrics.stop.step={step}", f"metrics.stop.name={name}")
 
 
-def start(place, out, *overrides, limit=None):
-    """`lattice run` as another process; `limit` is the largest file it may write."""
+def start(place, out, *overrides, limit=None, own_group=False):
+    """`lattice run` as another process, or as a group of processes of its own; `limit` is the largest file it
+    may write."""
     code = "import sys, lattice.cli; lattice.cli.main(sys.argv[1:])"
     if limit is not None:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {code}"
@@ -83,4 +84,5 @@ def start(place, out, *overrides, limit=None):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"},
+        process_group=0 if own_group else None,
     )
