@@ -22,6 +22,10 @@ DROPPED = (
     "tokenizer_file",
     "add_bos_token",  # no text was trained on with tokens around it
     "add_eos_token",
+    "added_tokens_decoder",  # those that there are stand in tokenizer.json
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
 )
 
 
@@ -49,7 +53,7 @@ def export_tokenizer(codec: Codec, saved: Path, folder: Path, context: int) -> b
     config: dict[str, Any] = {}
     if (saved / CONFIG).is_file():
         config = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
-    config = {name: value for name, value in config.items() if name not in DROPPED}
+    config = _of_this_vocabulary(config, codec.tokenizer)
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",  # whatever it was: tokenizer.json says all
         "eos_token": codec.eos,
@@ -62,6 +66,19 @@ def export_tokenizer(codec: Codec, saved: Path, folder: Path, context: int) -> b
     write_json(folder / CONFIG, config)
     write_file(folder / MODEL, _without_additions(codec.tokenizer).encode("utf-8"))
     return True
+
+
+def _of_this_vocabulary(config: dict[str, Any], tokenizer: FastTokenizer) -> dict[str, Any]:
+    """The configuration without tokens that the tokenizer lacks: `AutoTokenizer` would give each an id of its
+    own, which the model's table does not have. Nor may a word of the vocabulary become a special token: it
+    would then be cut out of longer ones."""
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    kept = {}
+    for name, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if name not in DROPPED and (not name.endswith("_token") or token in added):
+            kept[name] = value
+    return kept
 
 
 def _without_additions(tokenizer: FastTokenizer) -> str:

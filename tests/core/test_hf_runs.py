@@ -199,6 +199,35 @@ def test_one_of_hugging_face_adds_nothing_to_a_text(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == "<s>"
 
 
+def test_tokens_that_the_tokenizer_lacks_get_no_id(tmp_path):
+    """A tokenizer_config.json may name tokens that tokenizer.json does not have: nor does the model."""
+    made = BpeTokenizer(vocab_size=280).build(None, lambda: iter(TEXTS * 3)).tokenizer
+    made.add_special_tokens(["<s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    new = {"content": "<new>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "bos_token": {**new, "content": "<s>", "__type": "AddedToken"},
+        "pad_token": "[PAD]",
+        "unk_token": {**new, "content": "<unk>", "__type": "AddedToken"},
+        "sep_token": "e",  # a word of the vocabulary, and a part of others
+        "additional_special_tokens": ["<x>"],
+        "extra_special_tokens": {"image_token": "<img>"},
+        "model_specific_special_tokens": {"sound_token": "<sound>"},
+        "added_tokens_decoder": {"300": {**new, "normalized": False}},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    codec = HuggingFaceTokenizer(name=str(tmp_path)).build(tmp_path / "saved")
+    (tmp_path / "hf").mkdir()
+    assert export_tokenizer(codec, tmp_path / "saved", tmp_path / "hf", 99)
+    assert_the_same_ids(codec, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(theirs) == codec.vocab_size
+    assert (theirs.pad_token_id, theirs.bos_token_id) == (codec.eos_id, made.token_to_id("<s>"))
+    for text in ("a[PAD]b", "<unk>", "<x>", "<img>", "<sound>", "<new>", "the text"):
+        assert theirs(text).input_ids == codec.encode_batch([text])[0]
+
+
 def test_sentencepiece_goes_along_as_it_is(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["one two three", "two three four"] * 20),
