@@ -173,16 +173,32 @@ def _overrides(overrides: Iterable[str]) -> list[Source]:
         if names == ["extends"]:
             raise RecipeError([f"--set {override}: only a recipe's file can extend others"])
         try:
-            value = toml_source.loads(f"value = {text}")["value"]
+            parsed = toml_source.loads(f"value = {text}")
         except toml_source.TomlError:
-            value = text.strip()  # a bare word, as a shell user writes it
+            parsed = {"value": text.strip()}  # a bare word, as a shell user writes it
+        if len(parsed) > 1:
+            more = ", ".join(f"'{one}'" for one in parsed if one != "value")
+            raise RecipeError([f"--set {override}: must hold one value, and {more} stands after it"])
         at = table
         for name in names[:-1]:
             at = at.setdefault(name, {})
             if not isinstance(at, dict):
                 raise RecipeError([f"--set {override}: '{name}' is already set to {at!r}"])
-        at[names[-1]] = value
+        _lay(parsed["value"], at, names[-1])
     return [toml_source.plain(table, "--set")] if table else []
+
+
+def _lay(value: Any, table: dict[str, Any], key: str) -> None:
+    """Sets a value over what earlier overrides said: tables merge as those of files do, but that options
+    without a kind may stand before the kind that they are meant for."""
+    old = table.get(key)
+    if isinstance(value, dict) and isinstance(old, dict):
+        named = value.get("kind", old.get("kind"))
+        if old.get("kind", named) == named:
+            for name, one in value.items():
+                _lay(one, old, name)
+            return
+    table[key] = value
 
 
 def _without_layer_keys(layer: Source) -> Source:

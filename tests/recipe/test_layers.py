@@ -143,6 +143,39 @@ def test_a_malformed_override_is_quoted(override, write):
     assert str(caught.value) == f"--set {override}: must be of the form table.key=value"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["recurrence.thoughts=3", "recurrence={solver='jacobi'}"], {"thoughts": 3, "solver": "jacobi"}),
+        (["recurrence={solver='jacobi'}", "recurrence.thoughts=3"], {"thoughts": 3, "solver": "jacobi"}),
+        (["recurrence={jacobi={eval=5}}", "recurrence={thoughts=3}"], {"thoughts": 3}),
+        (["recurrence.jacobi.eval=5", "recurrence={jacobi={train=[1, 1]}}"], {}),
+        (["recurrence.thoughts=3", "recurrence={kind='latent_thoughts'}"], {"thoughts": 3}),
+        (["recurrence={thoughts=3}", "recurrence={thoughts=2}"], {"thoughts": 2}),
+        (["recurrence={kind='loop', loops=3}", "recurrence={kind='pause', pauses=2}"], {"pauses": 2}),
+        (["recurrence.kind=pause", "recurrence={pauses=2}"], {"kind": "pause", "pauses": 2}),
+    ],
+)
+def test_a_table_that_is_set_keeps_what_was_set_in_it(overrides, expected, write):
+    path = write("r.toml", BACKBONE + '[recurrence]\nkind = "latent_thoughts"\nsolver = "gauss_seidel"\n')
+    table = load_recipe(path, overrides).table()["recurrence"]
+    assert {key: table[key] for key in expected} == expected
+    if any("eval=5" in one for one in overrides):
+        assert table["jacobi"]["eval"] == 5
+
+
+@pytest.mark.parametrize("more", ["run.seed = 5", "[run]\nseed = 5", "b.c = 1\nrun = {}"])
+def test_set_of_several_values_is_refused_and_not_cut_short(more, write):
+    with pytest.raises(RecipeError, match=r"(?s)^--set run\.steps=3\n.*: must hold one value, and '.*run'"):
+        load_recipe(write("r.toml", ""), [f"run.steps=3\n{more}"])
+
+
+def test_a_bare_word_may_have_several_lines(write):
+    override = "evaluators.text={kind='sample', prompt='x'}"
+    recipe = load_recipe(write("r.toml", BACKBONE), [override, "evaluators.text.prompt=def f():\n  return"])
+    assert recipe.named("evaluator")["text"].prompt == "def f():\n  return"
+
+
 def test_overrides_cannot_descend_into_a_value(write):
     with pytest.raises(RecipeError, match=r"--set run\.steps=1: 'run' is already set to 3"):
         load_recipe(write("r.toml", ""), ["run=3", "run.steps=1"])
