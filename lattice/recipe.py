@@ -1,7 +1,8 @@
 """Recipes: TOML layers merged into one table, and that table checked into typed, frozen options.
 
 Layers, later over earlier: the toolkit's defaults, the files that `extends` names, the file itself, `--set`.
-Tables merge key by key; a table that names another `kind` starts afresh; arrays replace.
+Tables merge key by key; a table that names another `kind` starts afresh; arrays replace. A file that is
+extended by several ways is one layer, at the first of its places, so that it lies below all that extend it.
 """
 
 from __future__ import annotations
@@ -113,14 +114,15 @@ def _layers(recipe: str | Path | Mapping[str, Any]) -> tuple[list[Source], str]:
     """Every layer that the recipe itself brings, the lowest first, and the recipe's name."""
     layers = [toml_source.read(DEFAULTS, "lattice/defaults.toml")]
     if not isinstance(recipe, Mapping):
-        return [*layers, *_file_layers(Path(recipe), ())], Path(recipe).stem
+        return [*layers, *_file_layers(Path(recipe), (), set())], Path(recipe).stem
     layer = toml_source.plain(dict(recipe), "dict")
-    parents = _parents(layer, Path.cwd(), ()) if "extends" in recipe else []
+    parents = _parents(layer, Path.cwd(), (), set()) if "extends" in recipe else []
     return [*layers, *parents, layer], "recipe"
 
 
-def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
-    """The layers of a file: those it extends, then itself; `imports` made absolute."""
+def _file_layers(path: Path, children: tuple[Path, ...], done: set[Path]) -> list[Source]:
+    """The layers of a file: those it extends, then itself; `imports` made absolute. A file that is `done` has
+    been laid before: again, it would undo what those that extend it said over it."""
     if path.is_dir():
         raise IsADirectoryError(f"recipe '{path}' is a directory; must be a TOML file")
     if not path.is_file():
@@ -128,11 +130,14 @@ def _file_layers(path: Path, children: tuple[Path, ...]) -> list[Source]:
         raise FileNotFoundError(f"recipe '{path}' does not exist{asked}")
     if path.resolve() in [child.resolve() for child in children]:
         raise RecipeError([f"{path}: extends itself, by way of {' -> '.join(map(str, children))}"])
+    if path.resolve() in done:
+        return []
+    done.add(path.resolve())
     layer = toml_source.read(path, _shown(path))
     names = _imports(layer)
     resolved = [str((path.parent / name).resolve()) if name.endswith(".py") else name for name in names]
     layer.table.update({"imports": resolved} if resolved else {})
-    return [*_parents(layer, path.parent, (*children, path)), layer]
+    return [*_parents(layer, path.parent, (*children, path), done), layer]
 
 
 def _imports(layer: Source) -> list[str]:
@@ -143,14 +148,14 @@ def _imports(layer: Source) -> list[str]:
     return names
 
 
-def _parents(layer: Source, base: Path, children: tuple[Path, ...]) -> list[Source]:
+def _parents(layer: Source, base: Path, children: tuple[Path, ...], done: set[Path]) -> list[Source]:
     names = layer.table.get("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RecipeError(
             [f"{layer.origins[('extends',)]}: extends = {names!r}: must be a list of file names"]
         )
-    return [source for name in names for source in _file_layers(base / name, children)]
+    return [source for name in names for source in _file_layers(base / name, children, done)]
 
 
 def _shown(path: Path) -> str:

@@ -45,6 +45,16 @@ def test_one_file_may_be_extended_by_two_ways(write):
     assert (run.seed, run.steps, run.log_every) == (5, 1, 3)
 
 
+def test_a_file_that_two_others_extend_undoes_neither(write):
+    write("root.toml", "[run]\nseed = 5\nsteps = 5\nlog_every = 5\n")
+    write("left.toml", 'extends = "root.toml"\n[run]\nseed = 1\nsteps = 1\n')
+    write("sub/right.toml", 'extends = "../root.toml"\n[run]\nsteps = 3\n')
+    for names in ('"left.toml", "sub/right.toml"', '"left.toml", "sub/right.toml", "root.toml"'):
+        recipe = load_recipe(write("top.toml", f"extends = [{names}]\n"))
+        assert (recipe.run.seed, recipe.run.steps, recipe.run.log_every) == (1, 3, 5), names
+        assert str(recipe.origin(("run", "seed"))) == "left.toml:3"
+
+
 def test_a_cycle_names_its_files(write):
     write("a.toml", 'extends = "sub/b.toml"\n')
     write("sub/b.toml", 'extends = "../a.toml"\n')
