@@ -114,7 +114,7 @@ def training_graph(
         precision=precision,
         optimizer=optimizer.build(model),
         peak_lr=optimizer.lr,
-        grad_clip=optimizer.grad_clip,
+        grad_clip=optimizer.grad_clip or None,
         schedule=recipe.component("schedule"),
         codec=codec,
         source=source,

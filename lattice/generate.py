@@ -61,7 +61,7 @@ class Sampling:
         if self.top_k is not None:
             least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[-1])).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:  # all tokens need not add up to 1 as they are rounded
             sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
             probability_BV = sorted_BV.softmax(dim=-1)
             # A token stays if those before it do not make up top_p; the likeliest always stays.

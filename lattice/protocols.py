@@ -283,8 +283,8 @@ class Parallel(Protocol):
 class Optimizer(Protocol):
     lr: float
     """Peak learning rate, multiplied by the schedule."""
-    grad_clip: float | None
-    """Largest global gradient norm; None for no clipping."""
+    grad_clip: float
+    """Largest global gradient norm; 0 for no clipping."""
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer: ...

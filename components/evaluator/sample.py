@@ -19,7 +19,8 @@ class Sample(Evaluator):
     prompt: str
     max_new_tokens: int = 64
     temperature: float = 0.8
-    top_p: float | None = 0.95
+    top_p: float = 0.95
+    """Of the likeliest tokens, as many as have this probability together; 1 for all."""
     seed: int = 0
     every: int = 0
     """Steps between samples; 0 for the end only."""

@@ -32,8 +32,8 @@ class AdamW(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Multiplied by the learning rate of the step."""
-    grad_clip: float | None = 1.0
-    """Largest global gradient norm; None for no clipping."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
 
     def __post_init__(self) -> None:
         for option in ("lr", "eps"):
@@ -43,8 +43,8 @@ class AdamW(Optimizer):
             raise ValueError(f"betas = {self.betas}: must be two numbers, each at least 0 and less than 1")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay = {self.weight_decay}: must be 0 or more")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(f"grad_clip = {self.grad_clip}: must be greater than 0, or left out")
+        if not self.grad_clip >= 0:
+            raise ValueError(f"grad_clip = {self.grad_clip}: must be greater than 0, or 0 for no clipping")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Parameter groups, always in this order: those that decay, those that do not; one group of each, or

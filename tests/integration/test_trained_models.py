@@ -86,3 +86,11 @@ def test_load_of_what_is_no_run(train, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         lattice.load(tmp_path / "run", trust_imports=True)
+
+
+def test_gradients_are_clipped_unless_the_recipe_says_0(train, tmp_path):
+    found = {}
+    for limit in ("0", "1e9", "1e-9"):
+        train("run.steps=2", f"optimizer.grad_clip={limit}", out=tmp_path / limit)
+        found[limit] = [row["loss"] for row in rows(tmp_path / limit) if "loss" in row]
+    assert found["0"] == found["1e9"] != found["1e-9"]

@@ -212,6 +212,13 @@ def test_set_of_what_belongs_in_the_file_is_refused_and_not_ignored(override, pr
     assert problems("", [override])[0].startswith("--set")
 
 
+def test_no_clipping_and_all_tokens_can_be_said_and_stay_said(write):
+    path = write("r.toml", BACKBONE + '[evaluators.text]\nkind = "sample"\nprompt = "x"\n')
+    recipe = load_recipe(path, ["optimizer.grad_clip=0", "evaluators.text.top_p=1"])
+    again = load_recipe(load_recipe(write("resolved.toml", recipe.to_toml())), ["run.seed=9"])
+    assert (again.component("optimizer").grad_clip, again.named("evaluator")["text"].top_p) == (0, 1)
+
+
 def test_the_resolved_recipe_loads_to_the_same(write):
     recipe = load_recipe(write("r.toml", WRITTEN), ["backbone.tie_word_embeddings=true"])
     again = load_recipe(recipe.table())

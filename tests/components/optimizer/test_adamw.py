@@ -93,7 +93,7 @@ def test_one_step_is_adamw_s() -> None:
         ("betas", (0.9, 1.0)),
         ("betas", (0.9,)),
         ("weight_decay", -0.1),
-        ("grad_clip", 0.0),
+        ("grad_clip", -0.1),
     ],
 )
 def test_options_are_checked(option: str, value: Any) -> None:
