@@ -11,7 +11,7 @@ from lattice import pictures
 from lattice.bench import Case, Options, bench
 from lattice.console import say, table
 from lattice.recipe import Recipe
-from lattice.thought_counts import with_thoughts
+from lattice.thought_counts import own_thoughts, with_thoughts
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[C
     """Counts that a recipe cannot have are left out, and said so; ValueError where it can have none."""
     if thoughts is None:
         return [
-            Case(label=label, thoughts=recipe.component("recurrence").slots - 1, recipe=recipe)
+            Case(label=label, thoughts=own_thoughts(recipe), recipe=recipe)
             for label, recipe in recipes.items()
         ]
     counts, cases = sorted(set(thoughts)), list[Case]()

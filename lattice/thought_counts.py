@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from typing import Any
 
 from lattice.options import to_table
 from lattice.protocols import Recurrence
@@ -21,10 +22,15 @@ def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
     recurrence cannot have."""
     recurrence: Recurrence = recipe.component("recurrence")
     table = to_table(recurrence.with_thoughts(count))
+    return load_recipe({**recipe.table(), "recurrence": table if drawn else _as_evaluated(table)})
+
+
+def _as_evaluated(table: dict[str, Any]) -> dict[str, Any]:
+    """A recurrence's table with as many iterations in each training step as at evaluation."""
     for value in table.values():
-        if not drawn and isinstance(value, dict) and {"train", "eval"} <= value.keys():
+        if isinstance(value, dict) and {"train", "eval"} <= value.keys():
             value["train"] = [value["eval"]] * 2
-    return load_recipe({**recipe.table(), "recurrence": table})
+    return table
 
 
 def with_iterations(recipe: Recipe, count: int) -> Recipe:
@@ -56,6 +62,15 @@ def thoughts_of(recipe: Recipe) -> int | None:
             if recurrence.with_thoughts(count) == recurrence:
                 return count
     return None
+
+
+def own_thoughts(recipe: Recipe) -> int:
+    """What a recipe is called by where numbers of thoughts are compared: as often as it thinks at evaluation,
+    or, of a recurrence without such a count, its slots beside the token's own."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    table = _as_evaluated(to_table(recurrence))
+    count = thoughts_of(load_recipe({**recipe.table(), "recurrence": table}))
+    return recurrence.slots - 1 if count is None else count
 
 
 def family(recipe: Recipe) -> tuple[str, str] | None:

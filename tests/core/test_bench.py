@@ -8,6 +8,7 @@ import torch
 import lattice
 from lattice import bench as benching
 from lattice.bench import Case, Options, bench
+from lattice.bench_report import run_bench
 from lattice.cli import main
 from lattice.ledger import ledger
 from lattice.live_tensors import LiveTensors
@@ -98,6 +99,14 @@ def test_recipes_take_turns(monkeypatch):
     rows = list(bench(cases, Options(mode="eval", warm_up=1, repetitions=2)))
     assert turns == 3 * [("a", 0), ("b", 0)] + 3 * [("a", 2), ("b", 2)]
     assert [(row["recipe"], row["thoughts"]) for row in rows] == [("a", 0), ("b", 0), ("a", 2), ("b", 2)]
+
+
+def test_a_recipe_as_it_is_has_its_own_count():
+    recipes = {kind: recipe_of(recurrence={"kind": kind, option: 2}) for kind, option in COUNTED.items()}
+    recipes["none"], recipes["depth"] = recipe_of("none"), recipe_of("depth")
+    counts = {**dict.fromkeys(COUNTED, 2), "none": 0, "depth": 4}  # depth draws, but not at evaluation
+    rows = run_bench(recipes, None, Options(mode="eval", warm_up=0, repetitions=1), None)
+    assert {row["recipe"]: row["thoughts"] for row in rows} == counts
 
 
 def test_a_case_that_does_not_fit_is_a_row_and_the_others_go_on(monkeypatch):
