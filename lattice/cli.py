@@ -226,7 +226,7 @@ def plan(
     recipe
         A TOML file.
     thoughts
-        Numbers of thoughts; 0 1 2 3 if not given.
+        Numbers of thoughts; those of 0 1 2 3 that the recurrence can have if not given.
     gpu
         a100-40gb, a100-80gb, h100-80gb or h200-141gb.
     gpus
@@ -241,8 +241,7 @@ def plan(
     from lattice.plan_report import run_plan
     from lattice.recipe import load_recipe
 
-    counts = [0, 1, 2, 3] if thoughts is None else thoughts
-    run_plan(load_recipe(recipe, set_ or []), counts, gpu=gpu, gpus=gpus, utilization=mfu, out=out)
+    run_plan(load_recipe(recipe, set_ or []), thoughts, gpu=gpu, gpus=gpus, utilization=mfu, out=out)
 
 
 @app.command

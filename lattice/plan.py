@@ -9,6 +9,7 @@ it sends for that is counted beside (lattice.communication) and taken to be hidd
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lattice.arrangement import Arrangement, arranged, rank_memory
@@ -17,7 +18,10 @@ from lattice.hardware import GPU
 from lattice.ledger import Ledger, ledger
 from lattice.memory import StepMemory, step_memory
 from lattice.recipe import Recipe, load_recipe
-from lattice.thought_counts import with_thoughts
+from lattice.thought_counts import own_thoughts, with_thoughts
+
+USUAL = (0, 1, 2, 3)
+"""Numbers of thoughts that are planned if none are asked for."""
 
 CHECKPOINTING: dict[str, dict[str, object]] = {
     "none": {"kind": "none"},
@@ -68,12 +72,26 @@ class Setting:
     """Of a rank in a step; nothing for one GPU."""
 
 
-def plan(recipe: Recipe, thoughts: Sequence[int], target: Target) -> Iterator[Setting]:
-    """Every thought count with every kind of checkpointing. Raises ValueError for a count that the recurrence
-    cannot have, RecipeError for a batch or model that so many GPUs cannot divide."""
+def thinking_recipes(recipe: Recipe, thoughts: Sequence[int] | None) -> dict[int, Recipe]:
+    """The recipe with each of these numbers of thoughts. Of None: with those of the usual ones that its
+    recurrence can have, or as it is where it can have none of them. Raises ValueError for a number that it
+    cannot have, and where there is none."""
+    if thoughts is not None:
+        if not thoughts:
+            raise ValueError("thoughts = []: must be at least one number")
+        return {count: with_thoughts(recipe, count) for count in thoughts}
+    found = {}
+    for count in USUAL:
+        with suppress(ValueError):
+            found[count] = with_thoughts(recipe, count)
+    return found or {own_thoughts(recipe): recipe}
+
+
+def plan(recipe: Recipe, thoughts: Sequence[int] | None, target: Target) -> Iterator[Setting]:
+    """Every thought count with every kind of checkpointing. Raises ValueError as `thinking_recipes` does, and
+    RecipeError for a batch or model that so many GPUs cannot divide."""
     ranks = arranged(recipe, target.gpus)
-    counted = {count: with_thoughts(recipe, count) for count in thoughts}
-    for count, thinking in counted.items():
+    for count, thinking in thinking_recipes(recipe, thoughts).items():
         for name, table in CHECKPOINTING.items():
             chosen = load_recipe({**thinking.table(), "activation_checkpoint": table})
             yield _setting(count, name, chosen, target, ranks)

@@ -14,24 +14,29 @@ from lattice.communication import slots_to_hide
 from lattice.console import console, say, table
 from lattice.hardware import GPUS
 from lattice.ledger import ledger
-from lattice.plan import CHECKPOINTING, Setting, Target, cheapest, plan
+from lattice.plan import CHECKPOINTING, Setting, Target, cheapest, plan, thinking_recipes
 from lattice.recipe import Recipe
 from lattice.registry import UnknownName, nearest
 
 
 def run_plan(
-    recipe: Recipe, thoughts: Sequence[int], *, gpu: str, gpus: int, utilization: float, out: Path | None
+    recipe: Recipe,
+    thoughts: Sequence[int] | None,
+    *,
+    gpu: str,
+    gpus: int,
+    utilization: float,
+    out: Path | None,
 ) -> list[Setting]:
-    """Shows and returns every setting, writes them to `out` as jsonl if given."""
+    """Shows and returns every setting, writes them to `out` as jsonl if given. `thoughts` as in `plan`."""
     if gpu not in GPUS:
         raise UnknownName(f"gpu '{gpu}' is not known{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}")
     target = Target(gpu=GPUS[gpu], gpus=gpus, utilization=utilization)
-    thoughts = list(dict.fromkeys(thoughts))
     settings = list(
         track(
             plan(recipe, thoughts, target),
             "computing steps on fake tensors",
-            total=len(thoughts) * len(CHECKPOINTING),
+            total=len(thinking_recipes(recipe, thoughts)) * len(CHECKPOINTING),
             console=console,
             transient=True,
             disable=not console.is_terminal,

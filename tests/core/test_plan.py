@@ -17,6 +17,7 @@ from lattice.hardware import GPU
 from lattice.ledger import ledger
 from lattice.memory import step_memory, traced_step
 from lattice.plan import CHECKPOINTING, Target, cheapest, plan
+from lattice.protocols import Recurrence
 
 BACKBONES = {
     "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 4},
@@ -169,6 +170,27 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("recurrence", "counts"), [("thoughts", [0, 1, 2, 3]), ("none", [0]), ("depth", [1, 2, 3])]
+)
+def test_without_thoughts_those_that_the_recurrence_can_have_are_planned(recurrence, counts, tmp_path):
+    path, out = tmp_path / "mine.toml", tmp_path / "plan.jsonl"
+    path.write_text(recipe_of(recurrence=recurrence).to_toml())
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(path), "--out", str(out)])
+    assert caught.value.code == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["thoughts"] for row in rows] == [count for count in counts for _ in CHECKPOINTING]
+
+
+def test_a_recurrence_without_a_count_is_planned_as_it_is(monkeypatch):
+    recipe = recipe_of(recurrence="pause")
+    monkeypatch.setattr(type(recipe.component("recurrence")), "with_thoughts", Recurrence.with_thoughts)
+    settings = list(plan(recipe, None, Target(gpu=GPU(2**30, 1e12, "toy", 1e9, 1e9))))
+    assert [one.thoughts for one in settings] == [2] * len(CHECKPOINTING)
+    assert {one.costs.training_token_passes for one in settings} == {3}
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpu", "h100"], "gpu 'h100' is not known"),
@@ -178,6 +200,8 @@ def test_command(tmp_path, capsys):
         (["--gpus", "4", "--set", "parallel.kind=tensor", "parallel.degree=3"], "parallel.degree = 3: must"),
         (["--mfu", "1.5"], "mfu = 1.5: must be greater than 0 and at most 1"),
         (["--thoughts", "-2"], "thoughts = -2: must be at least 0"),
+        (["--thoughts"], "thoughts = []: must be at least one number"),
+        (["--thoughts", "1", "--set", "recurrence.kind=none"], "thoughts = 1: recurrence 'none' has none"),
     ],
 )
 def test_bad_input(tmp_path, capsys, arguments, message):
