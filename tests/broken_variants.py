@@ -1,6 +1,6 @@
 """Recurrences with one mistake each, to see that the check meant for it says so."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -138,3 +138,52 @@ class UnsaidStop(Depth):
     tolerance: float | None = 1e-3
     repetitions: Repetitions = field(default_factory=lambda: Repetitions(train=(1, 2), eval=12))
     rows_may_branch = True
+
+
+@register("recurrence", "stop_at_once")
+@dataclass(frozen=True, kw_only=True)
+class StopAtOnce(Depth):
+    """With a tolerance, stops after one repetition, however much the state has changed."""
+
+    tolerance: float | None = 1e-3
+
+    def build(self, shape):
+        once = replace(self, repetitions=Repetitions(train=self.repetitions.train, eval=1))
+        return super().build(shape) if self.tolerance is None else Depth.build(once, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerant(TwoPasses):
+    tolerance: float | None = 0.05
+    rows_may_branch = False
+
+
+@kind("tolerated_leak", Tolerant)
+class ToleratedLeak(FutureLeak):
+    """By less than a hundred tolerances."""
+
+
+class Drawn(Again):
+    """Notes whether this is a training step."""
+
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        self.drawn = draw is not None
+        return super().forward(stack, ids_BL, draw=draw, cache=cache)
+
+
+@kind("drawn_future_leak")
+class DrawnFutureLeak(Drawn):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D + 0.1 * hidden_BL1D.mean(dim=1, keepdim=True) if self.drawn else hidden_BL1D
+
+
+@kind("drawn_rows_mixed")
+class DrawnRowsMixed(Drawn):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D + 0.1 * hidden_BL1D.mean(dim=0, keepdim=True) if self.drawn else hidden_BL1D
+
+
+@kind("drawn_carried_state")
+class DrawnCarriedState(Drawn):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D.cumsum(dim=1) if self.drawn else hidden_BL1D

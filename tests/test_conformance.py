@@ -24,6 +24,7 @@ TABLES = [
     {"kind": "latent_thoughts", "thoughts": 1, "feedback": "softmax", "top_k": 4, "grad_passes": 2},
     {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel", "position_ids": "fresh"},
     {"kind": "latent_thoughts", "thoughts": 1, "tolerance": 1e-4, "jacobi": {"eval": 12}},
+    {"kind": "latent_thoughts", "thoughts": 2, "tolerance": 0.1, "solver": "gauss_seidel"},
 ]
 BROKEN = {
     "future_leak": "causality",
@@ -37,6 +38,11 @@ BROKEN = {
     "hidden_weight": "save and load",
     "wrong_shape": "shapes",
     "unsaid_stop": "branches",
+    "stop_at_once": "parallel and sequential",
+    "tolerated_leak": "causality",
+    "drawn_future_leak": "causality",
+    "drawn_rows_mixed": "batch and padding",
+    "drawn_carried_state": "documents",
 }
 registry.import_user_code("broken_variants.py", Path(__file__).parent)
 
@@ -57,7 +63,8 @@ def test_broken_variants_are_caught(kind):
     assert BROKEN[kind] in failed
     assert kind != "carried_state" or "branches" in failed
     assert not failed[BROKEN[kind]].counterexample.startswith("raises")
-    if kind in ("undeclared_pass", "idle_parameter", "hidden_weight"):  # nothing else is wrong with these
+    # Nothing else is wrong with these.
+    if kind in ("undeclared_pass", "idle_parameter", "hidden_weight", "stop_at_once"):
         assert set(failed) == {BROKEN[kind]}
 
 
@@ -73,6 +80,13 @@ def test_the_counterexample_is_the_smallest():
     (result,) = check_recurrence({"kind": "undeclared_pass"}, checks=["cost"], backbones=["llama"])
     assert "training takes 3 token-passes" in result.counterexample
     assert "declared are 2" in result.counterexample
+
+
+def test_what_is_claimed_is_a_line_of_the_table():
+    (result,) = check_recurrence({"kind": "none"}, checks=["documents"], backbones=["llama"])
+    assert result.claim.startswith("Under the document mask a packed document gets what it gets alone")
+    assert "  " not in result.claim
+    assert "\n" not in result.claim
 
 
 def test_what_cannot_be_checked():

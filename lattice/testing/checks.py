@@ -31,6 +31,9 @@ from lattice.testing.subject import (
 )
 
 DRAWS = 48
+NEAR = 100
+"""Tolerances by which early stopping may change the logits: what is left after an iteration of which each
+step leaves 99 % of the distance."""
 
 
 def shapes(subject: Subject) -> str | None:
@@ -46,62 +49,68 @@ def shapes(subject: Subject) -> str | None:
 
 
 def causality(subject: Subject) -> str | None:
-    """No logits depend on a later token."""
-    model = subject.model()
-    for _, length in small_shapes():
-        ids = subject.ids(1, length)
-        before = model(ids).logits
-        for at in range(1, length):
-            changed = ids.clone()
-            changed[0, at] = next(int(i) for i in subject.ids(1, 64, seed=1)[0] if i != ids[0, at])
-            gap = (model(changed).logits - before)[0, :at].abs().amax(dim=-1)
-            if gap.max() > subject.tolerance:
-                whose = f"the logits of token {int(gap.argmax())} by {gap.max():.1e}"
-                return f"L={length}: changing token {at} changes {whose}"
+    """No logits depend on a later token, at evaluation or in a training step."""
+    model = subject.model(subject.without_stop)
+    for draw in (None, Draw(0, 1)):
+        model.train(draw is not None)
+        for length in (2, 3, 4, 6):
+            ids = subject.ids(1, length)
+            before = model(ids, draw=draw).logits
+            for at in range(1, length):
+                changed = ids.clone()
+                changed[0, at] = next(int(i) for i in subject.ids(1, 64, seed=1)[0] if i != ids[0, at])
+                gap = (model(changed, draw=draw).logits - before)[0, :at].abs().amax(dim=-1)
+                if gap.max() > EXACT:
+                    whose = f"the logits of token {int(gap.argmax())} by {gap.max():.1e}"
+                    when = "" if draw is None else ", in a training step"
+                    return f"L={length}{when}: changing token {at} changes {whose}"
     return None
 
 
 def parallel_and_sequential(subject: Subject) -> str | None:
-    """The parallel evaluation is that of one token after the other, exactly or with iterations enough."""
+    """The parallel evaluation is that of one token after the other, exactly or with iterations enough;
+    where it stops early, it is near what it is without."""
     for rows, length in small_shapes():
-        component = subject.component
-        if not component.parallel_is_exact:
-            converged = subject.converged(length)
-            if converged is None:
-                return None  # an approximation by its own word, and with nothing to converge by
-            component = converged
-        model, ids = subject.model(component), subject.ids(rows, length)
-        gap = difference(model(ids).logits, stepwise(model, ids))
-        if gap > (subject.tolerance if component is subject.component else 1e-8):
-            return f"B={rows}, L={length}: parallel and step-by-step logits differ by {gap:.1e}"
+        component, ids = subject.converged(length), subject.ids(rows, length)
+        if component is not None:  # else an approximation by its own word, and with nothing to converge by
+            model = subject.model(component)
+            gap = difference(model(ids).logits, stepwise(model, ids))
+            if gap > EXACT:
+                return f"B={rows}, L={length}: parallel and step-by-step logits differ by {gap:.1e}"
+        if subject.tolerance is not None:
+            whole = subject.model(subject.without_stop)(ids).logits
+            gap = float((subject.model()(ids).logits - whole).norm() / whole.norm())
+            if gap > NEAR * subject.tolerance:
+                stopped = f"stopping at tolerance = {subject.tolerance:g} changes the logits"
+                return f"B={rows}, L={length}: {stopped} by {gap:.1e}, relatively"
     return None
 
 
 def cached_decoding(subject: Subject) -> str | None:
     """Decoding on from a prefilled cache gives what evaluating the whole from the start gives."""
     for rows, length in small_shapes():
-        component = subject.component
-        if not component.parallel_is_exact:
-            component = subject.converged(length) or component
-        model, ids = subject.model(component), subject.ids(rows, length)
-        converged = component.parallel_is_exact or component is not subject.component
+        component = subject.converged(length)
+        exact = component is not None
+        model, ids = subject.model(component or subject.without_stop), subject.ids(rows, length)
         for prompt in range(1, length):
-            whole = model(ids).logits if converged else stepwise(model, ids)
-            logits, cache = model.prefill(ids[:, :prompt], parallel=converged)
+            whole = model(ids).logits if exact else stepwise(model, ids)
+            logits, cache = model.prefill(ids[:, :prompt], parallel=exact)
             columns = [logits] + [model.step(ids[:, at : at + 1], cache) for at in range(prompt, length)]
             gap = difference(torch.stack(columns, dim=1), whole[:, prompt - 1 :])
-            if gap > (1e-8 if converged and component is not subject.component else subject.tolerance):
+            if gap > EXACT:
                 return f"B={rows}, prompt of {prompt}, {length - prompt} more: logits differ by {gap:.1e}"
     return None
 
 
 def batch_and_padding(subject: Subject) -> str | None:
-    """A row of a padded batch gets what it gets alone, evaluated at once or decoded."""
-    model = subject.model()
+    """A row of a padded batch gets what it gets alone, evaluated at once or decoded, and in a training step
+    nothing from padding and other rows."""
+    model, trained = subject.model(), subject.model().train()
     for lengths in ([1, 2], [3, 2], [1, 4, 6]):
         longest = max(lengths)
         ids = subject.ids(len(lengths), longest)
         for left in (True, False):
+            where = f"lengths {lengths}, padded on the {'left' if left else 'right'}"
             mask = padded(lengths, left=left)
             ways: dict[str, Any] = {"forward": model(ids, attention_mask=mask).logits}
             if left:
@@ -111,24 +120,46 @@ def batch_and_padding(subject: Subject) -> str | None:
                 for way, together in ways.items():
                     own = model(alone).logits if way == "forward" else stepwise(model, alone)
                     gap = difference(together[row, real], own[0])
-                    if gap > 1e-8:
-                        where = f"lengths {lengths}, padded on the {'left' if left else 'right'}"
+                    if gap > EXACT:
                         return f"{where}: {way} of row {row} differs from the row alone by {gap:.1e}"
+                kept = torch.zeros_like(mask, dtype=torch.bool)
+                kept[row] = real
+                gap = _from_others(subject, trained, ids, kept, attention_mask=mask)
+                if gap > EXACT:
+                    others = "changing padding and other rows changes"
+                    return f"{where}, in a training step: {others} the logits of row {row} by {gap:.1e}"
     return None
 
 
 def documents(subject: Subject) -> str | None:
-    """Under the document mask a packed document gets what it gets alone."""
-    model = subject.model(mask={"kind": "document"})
+    """Under the document mask a packed document gets what it gets alone, and in a training step nothing from
+    other documents."""
+    component, mask = subject.without_stop, {"kind": "document"}
+    model, trained = subject.model(component, mask=mask), subject.model(component, mask=mask).train()
     for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2]):
         ids, document = subject.ids(1, len(numbers)), torch.tensor([numbers])
         packed = model(ids, documents=document).logits
         for number in sorted(set(numbers)):
-            inside = document[0] == number
-            gap = difference(packed[0, inside], model(ids[:, inside]).logits[0])
-            if gap > subject.tolerance:
+            inside = document == number
+            gap = difference(packed[inside], model(ids[inside][None]).logits[0])
+            if gap > EXACT:
                 return f"documents {numbers}: logits of document {number} differ from it alone by {gap:.1e}"
+            gap = _from_others(subject, trained, ids, inside, documents=document)
+            if gap > EXACT:
+                others = f"changing others changes the logits of document {number}"
+                return f"documents {numbers}, in a training step: {others} by {gap:.1e}"
     return None
+
+
+def _from_others(
+    subject: Subject, model: LanguageModel, ids: torch.Tensor, kept: torch.Tensor, **inputs: torch.Tensor
+) -> float:
+    """By how much the logits of the tokens `kept` (B, L) change in a training step when all others are
+    replaced. They are not compared with those alone: what is drawn for noise may depend on the shape."""
+    rows, length = ids.shape
+    other = torch.where(kept, ids, subject.ids(rows, length, seed=1))
+    before, after = (model(tokens, draw=Draw(0, 1), **inputs).logits[kept] for tokens in (ids, other))
+    return difference(before, after)
 
 
 def branches(subject: Subject) -> str | None:

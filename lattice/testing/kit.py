@@ -52,7 +52,7 @@ def run_checks(
         subject = Subject(recurrence, backbone)
         for name in names or CHECKS:
             _known("check", name, CHECKS)
-            claim = (CHECKS[name].__doc__ or "").strip()
+            claim = " ".join((CHECKS[name].__doc__ or "").split())
             with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(name == "gradients"):
                 try:
                     found = CHECKS[name](subject)

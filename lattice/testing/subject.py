@@ -43,8 +43,11 @@ class Subject:
 
     def model(self, component: Recurrence | None = None, *, seed: int = 5, **tables: Any) -> LanguageModel:
         """In float64, every parameter moved by noise."""
-        table = to_table(component or self.component)
-        recipe = {"backbone": BACKBONES[self.backbone], "recurrence": table, "run": {"seed": seed}, **tables}
+        component = component or self.component
+        table = {"backbone": BACKBONES[self.backbone], "recurrence": to_table(component), **tables}
+        recipe = load_recipe({**table, "run": {"seed": seed}})
+        # A table cannot say None, which an option may be other than by default.
+        recipe = dataclasses.replace(recipe, components={**recipe.components, "recurrence": component})
         model = build_model(recipe).double().eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -61,26 +64,36 @@ class Subject:
         return free[torch.randint(len(free), (rows, length), generator=generator)]
 
     @property
-    def tolerance(self) -> float:
-        """What two ways of computing the same may differ by: rounding, unless the recurrence stops early."""
-        early: float | None = getattr(self.component, "tolerance", None)
-        return EXACT if early is None else max(EXACT, 100 * early)
+    def tolerance(self) -> float | None:
+        """Relative change at which its iterations stop early; None if they do not."""
+        tolerance: float | None = getattr(self.component, "tolerance", None)
+        return tolerance
+
+    @property
+    def without_stop(self) -> Recurrence:
+        """The same recurrence with early stopping off. When to stop is decided for a whole row, so that with
+        it a token depends, slightly, on later ones."""
+        if self.tolerance is None:
+            return self.component
+        off: dict[str, Any] = {"tolerance": None}
+        return dataclasses.replace(self.component, **off)  # type: ignore[type-var]
 
     def converged(self, length: int) -> Recurrence | None:
-        """The same recurrence with iterations enough for `length` tokens; None if it has no such option: one
-        that is a table with a count `eval`."""
+        """The same recurrence, without early stopping, whose parallel evaluation is exact: by its own word,
+        or with iterations enough for `length` tokens; None if it has no such option: one that is a table with
+        a count `eval`."""
+        component: Any = self.without_stop
+        if component.parallel_is_exact:
+            return self.without_stop
         enough: dict[str, Any] = {}
-        component: Any = self.component
         for option in dataclasses.fields(component):
             value: Any = getattr(component, option.name)
             count = getattr(value, "eval", None)
             if dataclasses.is_dataclass(value) and isinstance(count, int):
-                count = max(count, self.component.slots * length)
+                count = max(count, component.slots * length)
                 enough[option.name] = dataclasses.replace(value, eval=count)  # type: ignore[type-var]
         if not enough:
             return None
-        if getattr(component, "tolerance", None) is not None:
-            enough["tolerance"] = None
         replaced: Recurrence = dataclasses.replace(component, **enough)
         return replaced
 
