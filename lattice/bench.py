@@ -107,7 +107,11 @@ class Workload:
         self.error: str | None = None
         self.seconds: list[dict[str, float]] = []
         self.memory: dict[str, float] = {}
-        self._call: Callable[[Clock], None] | None = self._ready()
+        self._call: Callable[[Clock], None] | None = None
+        try:
+            self._call = self._ready()
+        except torch.OutOfMemoryError as error:
+            self._give_up(error)
 
     def once(self) -> None:
         """One more repetition; those for warming up are left out of the row."""
@@ -117,9 +121,15 @@ class Workload:
         try:
             self._call(clock)
         except torch.OutOfMemoryError as error:
-            self.error, self._call = str(error).splitlines()[0], None
+            self._give_up(error)
             return
         self.seconds.append(clock.seconds)
+
+    def _give_up(self, error: torch.OutOfMemoryError) -> None:
+        """The row says why; what was built is let go, since the other cases need the memory."""
+        self.error, self._call = str(error).splitlines()[0], None
+        for part in ("model", "optimizer"):
+            vars(self).pop(part, None)
 
     def _ready(self) -> Callable[[Clock], None]:
         torch.manual_seed(self.case.recipe.run.seed)

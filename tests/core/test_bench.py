@@ -1,6 +1,7 @@
 """What `lattice bench` says, on models so small that only the bookkeeping is tried."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -109,16 +110,21 @@ def test_a_recipe_as_it_is_has_its_own_count():
     assert {row["recipe"]: row["thoughts"] for row in rows} == counts
 
 
-def test_a_case_that_does_not_fit_is_a_row_and_the_others_go_on(monkeypatch):
-    train = benching.Workload._train
+@pytest.mark.parametrize("where", ["_ready", "_train"])
+def test_a_case_that_does_not_fit_is_a_row_and_the_others_go_on(where, monkeypatch):
+    does = getattr(benching.Workload, where)
 
-    def fails(self, clock):
-        if self.case.thoughts == 1:
+    def fails(self, *arguments):
+        result = does(self, *arguments)
+        if self.case.label == "b":
+            held.append(weakref.ref(self.model))
             raise torch.OutOfMemoryError("no room\nat all")
-        train(self, clock)
+        assert not any(model() for model in held), "what does not fit is let go"
+        return result
 
-    monkeypatch.setattr(benching.Workload, "_train", fails)
-    cases = [Case(label="m", thoughts=n, recipe=with_thoughts(recipe_of(), n)) for n in (0, 1, 2)]
+    held = []
+    monkeypatch.setattr(benching.Workload, where, fails)
+    cases = [Case(label=label, thoughts=1, recipe=recipe_of()) for label in "abc"]
     rows = list(bench(cases, Options(warm_up=0, repetitions=1)))
     assert [row.get("error") for row in rows] == [None, "no room", None]
 
