@@ -34,6 +34,8 @@ MAY_DIFFER = (
     "run.micro_batch",
     "run.device",
     "run.timeout",
+    "data.workers",
+    "data.verify",
     "parallel",
     "activation_checkpoint",
     "compile",
@@ -42,8 +44,8 @@ MAY_DIFFER = (
     "checkpoint",
     "imports",
 )
-"""What may change between the parts of an interrupted run without making it another run: how it is computed,
-on which machine, and what is seen of it; not what is computed."""
+"""Options and tables that may change between the parts of an interrupted run without making it another run:
+how it is computed, on which machine, and what is seen of it; not what is computed."""
 
 
 class RunExists(ValueError):
@@ -97,8 +99,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, 'unset')!r} there, {after.get(key, 'unset')!r} here"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(MAY_DIFFER)
+        if before.get(key) != after.get(key) and not _may_differ(key)
     ]
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
 
 
 def leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:

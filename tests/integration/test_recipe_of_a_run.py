@@ -1,9 +1,11 @@
 """The same directory with another recipe: what may differ, what is refused, more steps and fewer."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
+import lattice
 from lattice import run_folder
 from tests.integration.training_runs import rows, steps, stop_at
 
@@ -29,6 +31,23 @@ def test_what_may_differ_does_not_make_another_run(train, whole, tmp_path):
     )
     found = [row for row in rows(tmp_path / "run") if not any(key.startswith("more/") for key in row)]
     assert found == whole()
+
+
+def test_how_the_data_is_read_may_differ(train, whole, short_documents, tmp_path):
+    train(*short_documents, *stop_at(3))
+    train(*short_documents, "data.workers=1", "data.verify=false")
+    assert rows(tmp_path / "run") == whole(*short_documents)
+
+
+@pytest.mark.parametrize(("key", "free"), [("data.verify", True), ("data.verifies", False)])
+def test_what_may_differ_is_named_in_full(key, free, tmp_path):
+    """A component of a user's may have an option whose name only begins like one that is free."""
+    recipe = lattice.load_recipe({})
+    run_folder.open_run(tmp_path, recipe)
+    path = tmp_path / run_folder.RECIPE
+    path.write_text(path.read_text().replace("[data]\n", f"[data]\n{key.removeprefix('data.')} = 1\n"))
+    with nullcontext() if free else pytest.raises(run_folder.RunExists, match=rf"{key}: 1 there"):
+        run_folder.check_same(tmp_path, recipe)
 
 
 @pytest.mark.parametrize(
