@@ -42,8 +42,6 @@ def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[C
             Case(label=label, thoughts=own_thoughts(recipe), recipe=recipe)
             for label, recipe in recipes.items()
         ]
-    if not thoughts:
-        raise ValueError("thoughts = []: must be at least one number")
     counts, cases = sorted(set(thoughts)), list[Case]()
     if counts[0] < 0:
         raise ValueError(f"thoughts = {counts[0]}: must be at least 0")

@@ -21,10 +21,15 @@ app = App(
     help="Pretraining of language models that think before every token.",
     help_on_error=False,
 )
-Set = Annotated[
-    list[str] | None,
-    Parameter(name="--set", consume_multiple=True, negative="", help="Overrides, table.key=value."),
-]
+
+
+def _at_least_one(_: Any, values: list[Any] | None) -> None:
+    if values == []:
+        raise ValueError("Must be followed by at least one value.")
+
+
+SEVERAL = Parameter(consume_multiple=True, negative="", validator=_at_least_one)
+Set = Annotated[list[str] | None, SEVERAL, Parameter(name="--set", help="Overrides, table.key=value.")]
 
 
 @app.command
@@ -139,14 +144,14 @@ def check(target: str, *, set_: Set = None) -> None:
 def bench(
     recipe: Path,
     *,
-    thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    thoughts: Annotated[list[int] | None, SEVERAL] = None,
     mode: Literal["train", "eval", "decode"] = "train",
     jacobi: int | None = None,
     solver: str | None = None,
     batch: int | None = None,
     length: int | None = None,
     new_tokens: int = 32,
-    compare: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    compare: Annotated[list[Path] | None, SEVERAL] = None,
     set_: Set = None,
     repetitions: int = 7,
     warm_up: int = 2,
@@ -212,7 +217,7 @@ def bench(
 def plan(
     recipe: Path,
     *,
-    thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    thoughts: Annotated[list[int] | None, SEVERAL] = None,
     gpu: str = "h100-80gb",
     gpus: int = 1,
     mfu: float = 0.4,
@@ -311,7 +316,7 @@ def compare(
 @app.command
 def plot(
     *runs: Path,
-    metrics: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    metrics: Annotated[list[str] | None, SEVERAL] = None,
     out: Path = Path("curves.png"),
 ) -> None:
     """Draw metrics of runs, finished or not, against training tokens.
@@ -338,11 +343,11 @@ def plot(
 def eval_(
     run: Path,
     *,
-    tasks: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    thoughts: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
-    iterations: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    tasks: Annotated[list[str] | None, SEVERAL] = None,
+    thoughts: Annotated[list[int] | None, SEVERAL] = None,
+    iterations: Annotated[list[int] | None, SEVERAL] = None,
     limit: int | None = None,
-    few_shot: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    few_shot: Annotated[list[int] | None, SEVERAL] = None,
     include: Path | None = None,
     held_out: bool | None = None,
     overlap: int | None = None,
@@ -414,7 +419,7 @@ def prepare_eval(
     *,
     from_: Annotated[str, Parameter(name="--from")],
     out: Path,
-    tasks: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    tasks: Annotated[list[str] | None, SEVERAL] = None,
 ) -> None:
     """Make tasks of lm-eval local, for machines that cannot reach the Hugging Face hub.
 
@@ -540,7 +545,7 @@ def import_(
     *,
     to: Path,
     set_: Set = None,
-    extends: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    extends: Annotated[list[Path] | None, SEVERAL] = None,
     trust_imports: bool = False,
 ) -> None:
     """Write a recipe that starts a run from the weights of a Hugging Face directory.

@@ -75,10 +75,8 @@ class Setting:
 def thinking_recipes(recipe: Recipe, thoughts: Sequence[int] | None) -> dict[int, Recipe]:
     """The recipe with each of these numbers of thoughts. Of None: with those of the usual ones that its
     recurrence can have, or as it is where it can have none of them. Raises ValueError for a number that it
-    cannot have, and where there is none."""
+    cannot have."""
     if thoughts is not None:
-        if not thoughts:
-            raise ValueError("thoughts = []: must be at least one number")
         return {count: with_thoughts(recipe, count) for count in thoughts}
     found = {}
     for count in USUAL:

@@ -159,7 +159,6 @@ def test_command(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--thoughts", "-1"], "thoughts = -1: must be at least 0"),
-        (["--thoughts"], "thoughts = []: must be at least one number"),
         (["--repetitions", "0"], "repetitions = 0: must be at least 1"),
         (["--batch", "0"], "batch = 0: must be at least 1"),
         (["--mode", "training"], "--mode"),

@@ -331,6 +331,23 @@ def test_missing_files_are_named(arguments, call, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("plan", "--thoughts"),
+        ("bench", "--thoughts"),
+        ("eval", "--tasks"),
+        ("eval", "--few-shot"),
+        ("run", "--set"),
+    ],
+)
+def test_an_option_without_the_values_it_takes(command, option, call):
+    """It is not as if it had not been there."""
+    code, out, err = call(command, "tiny.toml", option)
+    assert (code, out) == (2, "")
+    assert f"for {option}. Must be followed by at least one value." in err
+
+
 @pytest.mark.parametrize("arguments", [("runn", "tiny.toml"), ("run",), ("show", "tiny.toml", "--orign")])
 def test_a_mistyped_command_is_exit_code_2(arguments, call):
     code, out, err = call(*arguments)
