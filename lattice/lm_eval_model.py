@@ -56,6 +56,8 @@ class LatticeLM(TemplateLM):
         if not size.isdigit() or int(size) < 1:
             raise ValueError(f"batch_size = {batch_size}: must be a whole number of at least 1")
         self.batch_size = int(size)
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # lm-eval's command line says so if nobody chose another
         if not isinstance(run, EvaluationSubject):
             run = load_subject(
                 run,

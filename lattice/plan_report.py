@@ -148,7 +148,8 @@ def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Tar
             for one in setting.communication
         ],
     )
-    gpu, at_once = target.gpu, settings[0].micro_batch * recipe.run.sequence_tokens
+    gpu, parallel = target.gpu, recipe.component("parallel")
+    at_once = parallel.tokens(settings[0].micro_batch * recipe.run.sequence_tokens)
     slots = slots_to_hide(recipe, gpu, target.gpus, target.utilization)
     say(
         f"at {gpu.link / 1e9:,.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:,.0f} GB/s a GPU "

@@ -271,6 +271,10 @@ class Parallel(Protocol):
         throughout a step."""
         return alone
 
+    def tokens(self, batch_tokens: int) -> int:
+        """How many of the tokens of a micro-batch a rank has."""
+        return batch_tokens
+
     def shard(self, model: LanguageModel, site: Site) -> None:
         """Divides the weights, before there are any: they are on the meta device."""
         return

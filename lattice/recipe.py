@@ -103,7 +103,10 @@ def load_recipe(
     imports = [spec for layer in layers for spec in _imports(layer)]
     if imports and not allow_imports:
         raise RecipeError(
-            [f"this recipe imports code ({', '.join(imports)}): allow it with trust_imports, if you trust it"]
+            [
+                f"this recipe imports code ({', '.join(imports)}): if you trust it, allow it with "
+                "trust_imports (--trust-imports)"
+            ]
         )
     merged = reduce(_merge, [_without_layer_keys(layer) for layer in layers])
     problems: list[str] = []

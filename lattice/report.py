@@ -20,6 +20,7 @@ from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import Codec
 from lattice.recipe import Recipe, load_recipe
+from lattice.run_folder import read_table
 from lattice.text_generation import Completion, Continuation, check_stop, prompt_ids
 from lattice.toml_source import Path_
 
@@ -35,9 +36,10 @@ def show_summary(summary: dict[str, Any], folder: Path) -> None:
     for name, text in summary.items():
         if isinstance(text, str):
             say(f"\n{name.replace('_', ' ')}:\n{text}")
+    trust = " --trust-imports" if read_table(folder).get("imports") else ""
     say(
         f"\nThe run is in '{folder}': metrics.jsonl, tensorboard/, checkpoints/, summary.json. Next:\n"
-        f'  lattice generate {folder} --prompt "def "\n'
+        f'  lattice generate {folder} --prompt "def "{trust}\n'
         f"  tensorboard --logdir {folder}/tensorboard\n"
         "  lattice components recurrence"
     )

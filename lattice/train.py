@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,23 @@ class Loop:
         return self._summary()
 
     def _wait(self, kind: type[BaseException] | None, *_: object) -> None:
-        """For the save in flight; not after a failure among others, who may be waiting for this rank."""
+        """For the save in flight. After a failure among others no longer than a rank may keep them waiting:
+        one without which the save cannot end may be gone."""
         if kind is None or self.graph.world.size == 1:
+            self._saved()
+        else:
+            self.watch.then("checkpoint")
+            waiting = threading.Thread(target=self._saved_or_not, name="last save", daemon=True)
+            waiting.start()
+            waiting.join(self.run_options.timeout)
+
+    def _saved(self) -> None:
+        """What has been started is on disk, however long that takes."""
+        self.watch.then("checkpoint")
+        self.graph.checkpointer.wait()
+
+    def _saved_or_not(self) -> None:
+        with suppress(Exception):  # of two failures the first is the one to tell
             self.graph.checkpointer.wait()
 
     def _agreed(self, stop: StopRequest) -> str | None:
@@ -244,7 +260,7 @@ class Loop:
         self, done: int, losses: list[float], grad_norm: float, batches: list[Batch]
     ) -> NonFiniteLoss:
         graph = self.graph
-        graph.checkpointer.wait()
+        self._saved()
         good = graph.checkpointer.latest()
         last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         read = graph.world.all("; ".join(batch.identity for batch in batches))
@@ -302,7 +318,7 @@ class Loop:
             writer.log(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def _stopped(self, done: int, received: str) -> dict[str, Any]:
-        self.graph.checkpointer.wait()
+        self._saved()
         say(f"{received}: stopped after step {done} and saved; the same command goes on from there")
         return {"stopped_at": done, "folder": str(self.graph.folder)}
 

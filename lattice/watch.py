@@ -53,6 +53,10 @@ class Watch:
         self._places += 1
         self._step, self._phase, self._since = step, phase, time.monotonic()
 
+    def then(self, phase: str) -> None:
+        """This rank has come to another part of the same step."""
+        self.at(self._step, phase)
+
     @property
     def place(self) -> str:
         return f"step {self._step} ({self._phase})"
@@ -126,8 +130,9 @@ class Watch:
 
     def _end(self, why: str) -> None:
         before = self._beats()
-        time.sleep(3 * self._interval)
-        self._beat()
+        for _ in range(3):  # all may be at their end, and whoever does not beat meanwhile is taken for gone
+            time.sleep(self._interval)
+            self._beat()
         blamed = culprits(before, self._beats(), self._world.rank)
         message = f"{why} in {self.place}: {blamed}"
         self._log.event("fault", error="Timeout", message=message, stack=self._stack())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
+LIMIT = timedelta(days=7)
+"""A save takes as long as the disk does; who is gone or hangs is for lattice.watch to find."""
 _KINDS = {kind.__name__: kind for kind in (CheckpointError, CorruptCheckpoint, OSError)}
 
 
@@ -29,7 +32,7 @@ class Ranks:
         self.group: ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=LIMIT)
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._lost = ""
 

@@ -36,6 +36,9 @@ class ContextParallel(Neighbours):
         )
         return self.sharded_memory(share, size, gathered=gathered)
 
+    def tokens(self, batch_tokens: int) -> int:
+        return batch_tokens // self.degree
+
     def shard(self, model: LanguageModel, site: Site) -> None:
         if site.world.size > 1:
             mesh = init_device_mesh(site.device.type, (site.world.size,), mesh_dim_names=("shard",))

@@ -154,11 +154,12 @@ def _as_autocast(linear: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (x,)
 
 
-def _check_tokens(model: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _check_tokens(model: LanguageModel, args: tuple[Tensor, ...]) -> None:
     """The tokens of a batch are the inner dimension of the product that gives a weight's gradient. Passes
     hold whole stages of all tokens, so that they hold a multiple of these."""
-    if torch.is_grad_enabled() and args and args[0].numel() % MULTIPLE:
-        size = " x ".join(map(str, args[0].shape))
+    ranks = 1 if model.split is None else model.split.size
+    if torch.is_grad_enabled() and args and args[0].numel() // ranks % MULTIPLE:
+        size = " x ".join(map(str, args[0].shape)) + (f" / {ranks}" if ranks > 1 else "")
         raise ValueError(
             f"a batch of {size} tokens: float8 trains with multiples of {MULTIPLE} tokens: change "
             'run.micro_batch or run.sequence_tokens, or set precision.recipe = "rowwise_with_gw_hp"'

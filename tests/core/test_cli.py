@@ -12,6 +12,7 @@ import torch
 import lattice
 from lattice import cli, console
 from lattice.protocols import ROLES
+from lattice.report import show_summary
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPE = """
@@ -329,6 +330,15 @@ def test_missing_files_are_named(arguments, call, tmp_path):
     assert err.startswith("error: ")
     assert f"'{arguments[1]}'" in err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.parametrize("imports", [True, False])
+def test_what_to_try_next_works_with_code_of_ones_own(imports, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text('imports = ["/mine.py"]\n' if imports else "")
+    show_summary({"steps": 3}, tmp_path)
+    assert (
+        f'lattice generate {tmp_path} --prompt "def " --trust-imports\n' in capsys.readouterr().out
+    ) == imports
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,19 @@ def test_a_recurrence_without_a_count_is_planned_as_it_is(monkeypatch):
     assert {one.costs.training_token_passes for one in settings} == {3}
 
 
+@pytest.mark.parametrize(("parallel", "share"), [(["fsdp"], 1), (["context", "parallel.degree=2"], 2)])
+def test_a_rank_that_shares_sequences_has_a_part_of_their_tokens(tmp_path, capsys, parallel, share):
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe_of().to_toml())
+    kind, *options = parallel
+    with pytest.raises(SystemExit):
+        main(["plan", str(path), "--gpus", "2", "--set", f"parallel.kind={kind}", *options])
+    said = " ".join(capsys.readouterr().out.split())
+    rows = int(re.search(r"(\d+) sequences a rank at once", said)[1])
+    length = recipe_of().run.sequence_tokens
+    assert f"a rank has {rows * length // share:,} tokens at once" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -51,6 +51,16 @@ def events(run, rank):
     return [json.loads(line) for line in (run / "ranks" / f"{rank:05d}.jsonl").read_text().splitlines()]
 
 
+def test_an_evaluator_that_fails_on_all_ranks_costs_no_step(tmp_path):
+    """The save of that step is in flight, and the ranks end with it on disk."""
+    context = misbehaving("nan", rank=9)["backbone"]["max_position_embeddings"]
+    failing = {"documents": {"kind": "documents", "every": 2, "overlap": context}}
+    code, said = launch(tmp_path, {**misbehaving("nan", rank=9), "evaluators": failing})
+    assert code != 0
+    assert f"overlap = {context}: must be less than the model's context" in said
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000002"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The losses of six steps in which nothing happens."""

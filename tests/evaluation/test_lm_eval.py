@@ -178,7 +178,7 @@ def test_tasks_while_training(tasks, tmp_path):
 
 
 def test_on_the_command_line_of_lm_eval(runs, tasks, monkeypatch, capsys):
-    run = ["--model", "lattice", "--model_args", f"run={runs['thinking']},thoughts=1", "--device", "cpu"]
+    run = ["--model", "lattice", "--model_args", f"run={runs['thinking']},thoughts=1"]
     arguments = ["lm-eval", "run", *run, "--tasks", "choices", "--include_path", str(tasks)]
     monkeypatch.setattr("sys.argv", arguments)
     lm_eval_main()

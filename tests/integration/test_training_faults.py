@@ -1,10 +1,13 @@
 """Losses that are no numbers, damaged checkpoints, a full disk: named, and no more is lost than must be."""
 
 import shutil
+import time
 
 import pytest
 
 import lattice
+from lattice.components.checkpoint import dcp
+from lattice.watch import Watch
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
 
 
@@ -51,6 +54,27 @@ def test_figures_that_are_known_are_not_computed_again(train, whole, tmp_path):
     train(*stop_at(9))
     train()
     assert rows(tmp_path / "run") == whole()
+
+
+def test_who_waits_for_a_save_is_saving(train, monkeypatch):
+    """Else a save that takes longer than the time limit would end a run of several ranks."""
+    at, wait, entries, phases, waited = Watch.at, dcp.DcpCheckpointer.wait, dcp.entries, [], []
+
+    def noting(self, step, phase):
+        phases.append(phase)
+        at(self, step, phase)
+
+    def waiting(self):
+        if self._saving is not None and not self._saving.outcome.done():
+            waited.append(phases[-1])
+        wait(self)
+
+    monkeypatch.setattr(Watch, "at", noting)
+    monkeypatch.setattr(dcp.DcpCheckpointer, "wait", waiting)
+    monkeypatch.setattr(dcp, "entries", lambda paths: time.sleep(0.5) or entries(paths))
+    train("run.steps=5", *stop_at(4))
+    train("run.steps=5")
+    assert waited == ["checkpoint"] * 2
 
 
 @pytest.mark.parametrize("name", ["loss", "step"])

@@ -12,6 +12,7 @@ from lattice.components.precision.float8 import Float8
 from lattice.components.precision.formats import BFloat16
 from lattice.draws import Draw
 from lattice.registry import kinds
+from lattice.split import Split
 
 VOCABULARY = 97
 CPU = torch.device("cpu")
@@ -197,6 +198,10 @@ def test_tokens_that_are_no_multiple_of_16():
         ):
             model(some_ids(2, 12))
         exact(some_ids(2, 12), targets=some_ids(2, 12)).loss.backward()
+        model.split = Split(None, rank=0, size=4)  # whose ranks have 8 tokens each
+        with pytest.raises(ValueError, match=r"a batch of 2 x 16 / 4 tokens"):
+            model(some_ids(2, 16))
+        model.split = None
         with torch.no_grad():
             model(some_ids(2, 12))  # evaluation and decoding take any number
 
