@@ -19,7 +19,7 @@ from lattice.ledger import Ledger, ledger
 from lattice.load import recipe_of
 from lattice.recipe import Recipe
 from lattice.registry import nearest
-from lattice.run_folder import METRICS, RECIPE, SUMMARY, read_metrics
+from lattice.run_folder import METRICS, RECIPE, SUMMARY, finished, read_metrics
 from lattice.thought_counts import family, thoughts_of
 
 LOSS = "_loss"
@@ -131,16 +131,13 @@ def find_runs(paths: Iterable[Path], *, trust_imports: bool = False) -> tuple[li
     found: list[Run] = []
     unfinished: list[Path] = []
     for folder in run_folders(paths):
-        summary = folder / SUMMARY
-        if not summary.is_file():
-            unfinished.append(folder)
-            continue
-        recipe = recipe_of(folder, trust_imports=trust_imports)
-        run = Run(folder, recipe, json.loads(summary.read_text(encoding="utf-8")))
-        if run.summary["steps"] < recipe.run.steps:
-            unfinished.append(folder)
-        else:
-            found.append(run)
+        if (folder / SUMMARY).is_file():
+            recipe = recipe_of(folder, trust_imports=trust_imports)
+            summary = finished(folder, recipe.run.steps)
+            if summary is not None:
+                found.append(Run(folder, recipe, summary))
+                continue
+        unfinished.append(folder)
     return found, unfinished
 
 

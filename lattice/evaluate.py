@@ -17,7 +17,6 @@ from lattice.thought_counts import counted
 
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
-BATCH = 16
 NEVER = 2**62
 """A step that no run reaches: points of earlier evaluations are not taken back."""
 
@@ -134,7 +133,7 @@ def _figures(
             include=wanted.include,
             few_shot=shots,
             limit=wanted.limit,
-            batch=wanted.batch or BATCH,
+            batch=wanted.batch or harness.BATCH,
             samples=wanted.samples is not None,
         )
         given = "" if shots is None else f"{shots}shot"

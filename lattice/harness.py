@@ -28,6 +28,8 @@ PAPER = (
     "race",
 )
 """The nine tasks of PonderLM-2 (arXiv 2509.23184, section 4)."""
+BATCH = 16
+"""Inputs that are computed at once if nobody says otherwise."""
 RESAMPLED = 1000
 """Bootstrap samples for the standard error of a metric that is no mean."""
 
@@ -57,7 +59,7 @@ def run_tasks(
     include: str | Path | None = None,
     few_shot: int | None = None,
     limit: int | None = None,
-    batch: int = 16,
+    batch: int = BATCH,
     samples: bool = False,
 ) -> Results:
     """Runs tasks of lm-eval on a model; `include` is a folder of local task files, which go before lm-eval's

@@ -131,6 +131,23 @@ def provenance() -> str:
     return "".join(f"# {line}\n" for line in ["resolved by lattice", *lines]) + "\n"
 
 
+def finished(folder: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that has taken `steps` steps or more; None of any other. Raises ValueError where
+    it cannot be read."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+        taken = int(summary["steps"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no summary of a run: {error!r}; without this file the run goes on from its last "
+            "checkpoint"
+        ) from error
+    return summary if taken >= steps else None
+
+
 class MetricsFile:
     """metrics.jsonl, one JSON object a line; lines of what a resumed run does again are dropped.
 
@@ -141,9 +158,13 @@ class MetricsFile:
         path = folder / METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         last = {True: first_step, False: first_step - 1 if evaluates_again else first_step}
-        kept = [line for line in lines if (row := _row(line)) and row["step"] <= last["loss" in row]]
-        if kept != lines:
-            atomic.write_file(path, "".join(kept).encode())
+        parsed = [(line, row) for line in lines if (row := _row(line))]
+        kept = [(line, row) for line, row in parsed if row["step"] <= last["loss" in row]]
+        if len(kept) < len(lines):
+            atomic.write_file(path, "".join(line for line, _ in kept).encode())
+        at_first = [row for _, row in kept if row["step"] == first_step and "loss" not in row]
+        self.evaluated = sorted({key.partition("/")[0] for row in at_first for key in row if "/" in key})
+        """The evaluators whose figures of `first_step` are there."""
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def log(self, values: dict[str, Any]) -> None:
@@ -175,12 +196,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def training_losses(folder: Path) -> list[float]:
     """The training loss of every step so far, in order."""
     return [row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row]
-
-
-def evaluated(folder: Path, step: int) -> list[str]:
-    """The evaluators that have logged their figures of a step."""
-    rows = [row for row in read_metrics(folder / METRICS) if row["step"] == step and "loss" not in row]
-    return sorted({key.partition("/")[0] for row in rows for key in row if "/" in key})
 
 
 def peak_memory_mib(device: torch.device) -> float:

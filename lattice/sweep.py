@@ -24,7 +24,7 @@ from lattice import atomic, preflight
 from lattice.console import console, errors, say
 from lattice.interrupts import StopRequest
 from lattice.recipe import Recipe, RecipeError, load_recipe
-from lattice.run_folder import METRICS, RECIPE, SUMMARY, RunExists, check_same, locked, read_table
+from lattice.run_folder import METRICS, RECIPE, RunExists, check_same, finished, locked, read_table
 from lattice.study import Arm, Study
 
 POLL_SECONDS = 0.5
@@ -60,8 +60,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the run has taken all its steps."""
-        path = self.folder / SUMMARY
-        return path.is_file() and json.loads(path.read_text())["steps"] >= self.arm.recipe.run.steps
+        return finished(self.folder, self.arm.recipe.run.steps) is not None
 
     def progress(self) -> tuple[int, float | None]:
         """Steps done and the last training loss."""

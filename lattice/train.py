@@ -104,21 +104,13 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
 
 def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The summary of a run that has already taken all its steps."""
-    path = folder / run_folder.SUMMARY
-    if not path.is_file():
+    if not (folder / run_folder.SUMMARY).is_file():
         return None
     run_folder.check_same(folder, recipe)
-    try:
-        summary: dict[str, Any] = json.loads(path.read_bytes())
-        taken = int(summary["steps"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no summary of a run: {error!r}; without this file the run goes on from its last "
-            "checkpoint"
-        ) from error
-    if taken < recipe.run.steps:
-        return None
-    say(f"'{folder}' has taken all its {taken} steps; to train anew choose another one with --out")
+    summary = run_folder.finished(folder, recipe.run.steps)
+    if summary is not None:
+        taken = summary["steps"]
+        say(f"'{folder}' has taken all its {taken} steps; to train anew choose another one with --out")
     return summary
 
 
@@ -169,7 +161,6 @@ class Loop:
         if kind is None or self.graph.world.size == 1:
             self._saved()
         else:
-            self.watch.then("checkpoint")
             waiting = threading.Thread(target=self._saved_or_not, name="last save", daemon=True)
             waiting.start()
             waiting.join(self.run_options.timeout)
@@ -181,7 +172,7 @@ class Loop:
 
     def _saved_or_not(self) -> None:
         with suppress(Exception):  # of two failures the first is the one to tell
-            self.graph.checkpointer.wait()
+            self._saved()
 
     def _agreed(self, stop: StopRequest) -> str | None:
         """The signal that some rank has received: all stop after the same step."""
@@ -274,7 +265,7 @@ class Loop:
 
     def _evaluated(self) -> list[str]:
         """The evaluators whose figures of the step that the run goes on from are known."""
-        return self.graph.world.from_first(lambda: run_folder.evaluated(self.graph.folder, self.first))
+        return self.graph.world.from_first(lambda: self._file.evaluated)
 
     def _evaluate(self, done: int, shown: Training, known: Collection[str] = ()) -> None:
         """Runs the evaluators that are due after this step, but for those whose figures are known."""

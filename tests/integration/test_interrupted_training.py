@@ -48,21 +48,31 @@ def test_signal_handlers_are_put_back(train):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_sigterm_from_outside_and_the_lock(place, train, whole, tmp_path):
-    """As a cluster does it: the process saves and exits with 0; until then nobody else may train there."""
-    process = start(place, tmp_path / "run", "metrics.slow.kind=test_signal", "metrics.slow.sleep=0.2")
+def wait_for_step_2(process):
     for line in process.stdout:
         if line.startswith("step 2/12"):
             break
-    with pytest.raises(run_folder.RunExists, match=r"another process is training in '.*run'.*--out"):
-        train()
-    process.send_signal(signal.SIGTERM)
+
+
+def stopped_by_sigterm(process, run):
+    """The steps of a run of twelve that has saved and ended well."""
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "SIGTERM: stopped after step" in out
     assert "Traceback" not in errors
-    done = steps(tmp_path / "run")
+    done = steps(run)
     assert 2 <= len(done) < 12
+    return done
+
+
+def test_sigterm_from_outside_and_the_lock(place, train, whole, tmp_path):
+    """As a cluster does it: the process saves and exits with 0; until then nobody else may train there."""
+    process = start(place, tmp_path / "run", "metrics.slow.kind=test_signal", "metrics.slow.sleep=0.2")
+    wait_for_step_2(process)
+    with pytest.raises(run_folder.RunExists, match=r"another process is training in '.*run'.*--out"):
+        train()
+    process.send_signal(signal.SIGTERM)
+    stopped_by_sigterm(process, tmp_path / "run")
     train()
     assert rows(tmp_path / "run") == whole()
 
@@ -72,16 +82,9 @@ def test_sigterm_to_all_processes_leaves_the_data_workers_alone(place, short_doc
     slow = ("metrics.slow.kind=test_signal", "metrics.slow.sleep=0.2")
     options = (*short_documents, "run.steps=12", "data.workers=1", *slow)
     process = start(place, tmp_path / "run", *options, own_group=True)
-    for line in process.stdout:
-        if line.startswith("step 2/12"):
-            break
+    wait_for_step_2(process)
     os.killpg(process.pid, signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "SIGTERM: stopped after step" in out
-    assert "Traceback" not in errors
-    done = steps(tmp_path / "run")
-    assert 2 <= len(done) < 12
+    done = stopped_by_sigterm(process, tmp_path / "run")
     assert checkpoints(tmp_path / "run") == [f"step-{done[-1]:08}"]
 
 

@@ -82,10 +82,12 @@ class Logging(NoRecurrence):
         return LoggingPass(self)
 
 
-class LoggingPass(OnePass):
+class PassWithOptions(OnePass):
     def __init__(self, options):
         self.options = options
 
+
+class LoggingPass(PassWithOptions):
     def __call__(self, stack, ids_BL, *, draw=None, cache=None):
         hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
         return Unrolled(hidden, {self.options.name: torch.tensor(1.0)})
@@ -103,10 +105,7 @@ class NotFinite(NoRecurrence):
         return NotFinitePass(self)
 
 
-class NotFinitePass(OnePass):
-    def __init__(self, options):
-        self.options = options
-
+class NotFinitePass(PassWithOptions):
     def __call__(self, stack, ids_BL, *, draw=None, cache=None):
         hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
         if draw is None or draw.step != self.options.step - 1:
