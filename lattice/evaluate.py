@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lattice import harness
+from lattice import harness, preflight
 from lattice.console import errors, say, table
 from lattice.load import locate, recipe_of, subject_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
@@ -116,6 +116,10 @@ def _figures(
     subject: EvaluationSubject, recipe: Recipe, wanted: Wanted, setting: str
 ) -> Iterator[tuple[str, int | None, dict[str, float]]]:
     """An evaluator or a task, the number of solved examples before each question of a task, and figures."""
+    if wanted.held_out:
+        preflight.check_evaluators(recipe, subject)
+    if wanted.tasks:
+        harness.check_tasks(wanted.tasks, include=wanted.include)
     if wanted.held_out:
         evaluators: dict[str, Evaluator] = recipe.named("evaluator")
         for name, one in evaluators.items():

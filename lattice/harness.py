@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,23 +69,14 @@ def run_tasks(
     Raises ImportError where lm-eval is not installed; ValueError for a task that does not exist, and for one
     whose data cannot be had, with what to do about it.
     """
-    try:
-        import lm_eval
+    names, local, manager = _named(tasks, include)
+    import lm_eval
 
-        from lattice.lm_eval_model import LatticeLM
-    except ImportError as error:
-        raise ImportError(f"tasks need lm-eval: pip install 'lattice[eval]' ({error})") from error
-    names = expand(tasks)
-    if include is not None and not Path(include).is_dir():
-        raise FileNotFoundError(f"'{include}' is no folder of task files: `lattice prepare-eval` makes one")
-    local = {path.stem for path in Path(include).glob("*.yaml")} if include is not None else set()
-    manager = _task_manager(None if include is None else str(include), not set(names) <= local)
-    for name in names:
-        if name not in manager.all_tasks:
-            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks, 3)}")
+    from lattice.lm_eval_model import LatticeLM
+
     # The seeds of lm-eval are the process's: a training run that evaluates must go on drawing as it did.
     seeds = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
-    try:
+    with _data_of(names, local):
         found = lm_eval.simple_evaluate(
             model=LatticeLM(subject, batch_size=batch),
             tasks=names,
@@ -95,10 +87,6 @@ def run_tasks(
             task_manager=manager,
             **seeds,
         )
-    except Exception as error:
-        if not _unreachable(error):
-            raise
-        raise ValueError(_missing(names, local, error)) from error
     # lm-eval itself gives them on the first process alone.
     shared = subject.world.from_first(
         lambda: {
@@ -110,6 +98,43 @@ def run_tasks(
         }
     )
     return Results(**shared, samples=found.get("samples", {}) if found and samples else {})
+
+
+def check_tasks(tasks: str | Sequence[str], *, include: str | Path | None = None) -> None:
+    """Raises the errors of `run_tasks` for tasks that do not exist or whose data cannot be had; the data is
+    on this machine afterwards."""
+    names, local, manager = _named(tasks, include)
+    from lm_eval.tasks import get_task_dict
+
+    with _data_of(names, local):
+        get_task_dict(names, manager)
+
+
+def _named(tasks: str | Sequence[str], include: str | Path | None) -> tuple[list[str], set[str], TaskManager]:
+    """Names of tasks, those among them that `include` holds, and where lm-eval finds them."""
+    names = expand(tasks)
+    if include is not None and not Path(include).is_dir():
+        raise FileNotFoundError(f"'{include}' is no folder of task files: `lattice prepare-eval` makes one")
+    local = {path.stem for path in Path(include).glob("*.yaml")} if include is not None else set()
+    try:
+        manager = _task_manager(None if include is None else str(include), not set(names) <= local)
+    except ImportError as error:
+        raise ImportError(f"tasks need lm-eval: pip install 'lattice[eval]' ({error})") from error
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ValueError(f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks, 3)}")
+    return names, local, manager
+
+
+@contextmanager
+def _data_of(names: Sequence[str], local: set[str]) -> Iterator[None]:
+    """Says what to do where the data of tasks cannot be had."""
+    try:
+        yield
+    except Exception as error:
+        if not _unreachable(error):
+            raise
+        raise ValueError(_missing(names, local, error)) from error
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from lattice.console import say
 from lattice.hardware import choose_device
 from lattice.hf import init_from
 from lattice.memory import StepMemory, step_memory
-from lattice.protocols import Backbone, Data, Parallel, Tokenizer
+from lattice.protocols import Backbone, Data, EvaluationSubject, Evaluator, Parallel, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 from lattice.world import World
 
@@ -44,6 +44,20 @@ def check(
     if problems:
         raise RecipeError(problems)
     return gathered_fits
+
+
+def check_evaluators(recipe: Recipe, subject: EvaluationSubject) -> None:
+    """Raises RecipeError with everything that would keep the recipe's evaluators from their work, before that
+    is asked of them."""
+    problems = []
+    evaluators: dict[str, Evaluator] = recipe.named("evaluator")
+    for name, one in evaluators.items():
+        try:
+            one.check(subject)
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(f"{recipe.origin(('evaluators', name))}: [evaluators.{name}]: {error}")
+    if problems:
+        raise RecipeError(problems)
 
 
 def _shapes(recipe: Recipe) -> list[str]:

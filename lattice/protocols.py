@@ -470,6 +470,10 @@ class Evaluator(Protocol):
     @abstractmethod
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]: ...
 
+    def check(self, subject: EvaluationSubject) -> None:
+        """Asked before the first step of a training, on the first rank alone. Raises ValueError, OSError or
+        ImportError for what would keep `evaluate` from its work; computes nothing with the model."""
+
 
 @dataclass(frozen=True)
 class EvaluationSubject:

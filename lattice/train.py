@@ -81,6 +81,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
             device=device,
             gathered_fits=gathered_fits,
         )
+        world.from_first(lambda: preflight.check_evaluators(recipe, graph.subject(0)))
         # Only now: a recipe whose parts do not fit leaves no run behind.
         world.from_first(lambda: run_folder.open_run(folder, recipe))
         torch.manual_seed(recipe.run.seed)

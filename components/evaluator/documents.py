@@ -41,11 +41,15 @@ class Documents(Evaluator):
             if value is not None and value < least:
                 raise ValueError(f"{name} = {value}: must be at least {least}")
 
-    @torch.no_grad()
-    def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
+    def check(self, subject: EvaluationSubject) -> None:
         context = subject.model.shape.context
         if self.overlap >= context:
             raise ValueError(f"overlap = {self.overlap}: must be less than the model's context of {context}")
+
+    @torch.no_grad()
+    def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
+        self.check(subject)
+        context = subject.model.shape.context
         loss, tokens, size, documents = 0.0, 0, 0, 0
         windows: list[tuple[list[int], list[int]]] = []
         mine = subject.world.data_rank, subject.world.data_size

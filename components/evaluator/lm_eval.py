@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lattice.harness import run_tasks
+from lattice.harness import check_tasks, run_tasks
 from lattice.protocols import EvaluationSubject, Evaluator
 from lattice.registry import register
 
@@ -40,6 +40,9 @@ class LMEval(Evaluator):
     @property
     def _shots(self) -> tuple[int | None, ...]:
         return self.few_shot if isinstance(self.few_shot, tuple) else (self.few_shot,)
+
+    def check(self, subject: EvaluationSubject) -> None:
+        check_tasks(self.tasks, include=self.include)
 
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
         """Keys are `task/metric`, or `task/5shot/metric` where there are several numbers of examples."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lattice.generate import Sampling, stream
 from lattice.protocols import EvaluationSubject, Evaluator
@@ -35,10 +37,18 @@ class Sample(Evaluator):
     def _sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
+    def check(self, subject: EvaluationSubject) -> None:
+        self._stream(subject)
+
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
+        prompt, following = self._stream(subject)
+        with subject.autocast():
+            ids = [int(ids) for ids in following]
+        return {"text": subject.codec.decode([*prompt, *ids])}
+
+    def _stream(self, subject: EvaluationSubject) -> tuple[list[int], Iterator[Tensor]]:
+        """The prompt's ids and what will follow them, not computed yet."""
         prompt = subject.codec.encode_batch([self.prompt])[0]
         sampling = replace(self._sampling(), vocab_size=subject.codec.vocab_size)
         ids_BL = torch.tensor([prompt], device=subject.device)
-        with subject.autocast():
-            following = list(stream(subject.model, ids_BL, self.max_new_tokens, sampling=sampling))
-        return {"text": subject.codec.decode([*prompt, *(int(ids) for ids in following)])}
+        return prompt, stream(subject.model, ids_BL, self.max_new_tokens, sampling=sampling)

@@ -98,6 +98,16 @@ def test_counts_are_checked_before_anything_is_computed(runs, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "impossible", [["--tasks", "choicez"], ["--set", "evaluators.text={kind='sample', prompt='a'}"]]
+)
+def test_all_evaluators_and_tasks_are_checked_before_the_first(runs, tasks, tmp_path, impossible):
+    out = tmp_path / "found.jsonl"
+    include = ["--include", tasks] if "--tasks" in impossible else []
+    assert command("eval", runs["plain"], "--limit", 1, "--out", out, *impossible, *include) == 2
+    assert not out.exists()
+
+
 def test_a_run_without_its_tokenizer(tmp_path, capsys):
     """It is not trained again: that would be another one, without a word."""
     backbone = {**RECIPE["backbone"], "vocab_size": 300}

@@ -7,6 +7,7 @@ import pytest
 
 import lattice
 from lattice.components.checkpoint import dcp
+from lattice.recipe import RecipeError
 from lattice.watch import Watch
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
 
@@ -86,6 +87,22 @@ def test_telemetry_cannot_take_the_place_of_what_the_run_logs(name, train):
 def test_an_evaluator_cannot_be_named_as_the_training_loss_is(train):
     with pytest.raises(ValueError, match=r"\[evaluators.last\]: 'last_loss' is the training's"):
         train("evaluators.last.kind=perplexity")
+
+
+def test_what_evaluators_cannot_do_is_known_before_the_first_step(train, tmp_path):
+    """All of it, each with the place that asks for it."""
+    with pytest.raises(RecipeError) as caught:
+        train(
+            "evaluators.text={kind='sample', prompt='abc', max_new_tokens=62}",
+            "evaluators.books={kind='documents', overlap=64}",
+            f"evaluators.tasks={{kind='lm_eval', tasks='piqa', include='{tmp_path / 'gone'}'}}",
+        )
+    (text, books, tasks) = caught.value.problems
+    assert text.startswith("--set: [evaluators.text]: a prompt of 3 tokens and 62 new ones do not fit")
+    assert books == "--set: [evaluators.books]: overlap = 64: must be less than the model's context of 64"
+    assert tasks.startswith("--set: [evaluators.tasks]: ")
+    assert "gone' is no folder of task files" in tasks
+    assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
 def damage(checkpoint):
