@@ -36,6 +36,7 @@ from lattice.protocols import (
     Source,
 )
 from lattice.recipe import Recipe
+from lattice.run_folder import CHECKPOINTS
 from lattice.spread import Site, Spread
 from lattice.world import World
 
@@ -93,7 +94,7 @@ def training_graph(
     data: Data = recipe.component("data")
     codec = world.in_turn(lambda: open_codec(recipe, folder / "tokenizer"))
     source = world.in_turn(lambda: data.open(_request(recipe, codec, world)))
-    checkpointer = checkpointer or checkpoint.build(folder / "checkpoints")
+    checkpointer = checkpointer or checkpoint.build(folder / CHECKPOINTS)
     site = Site(world=world, device=device, weights=precision.weights, gathered_fits=gathered_fits)
     model = weightless_model(recipe)
     precision.apply(model)

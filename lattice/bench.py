@@ -144,6 +144,7 @@ class Workload:
         self.ids_BL, self.targets_BL = ids[:, :-1], ids[:, 1:]
         if self.options.mode == "train":
             self.optimizer = self.case.recipe.component("optimizer").build(self.model)
+            self.last = Draw(0, self.case.recipe.run.steps - 1)
             return self._train
         self.model.eval()
         if self.options.mode == "eval":
@@ -154,7 +155,7 @@ class Workload:
         with clock("data"):
             ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
         with clock("forward"), self.precision.autocast(self.device):
-            loss = self.model(ids_BL, targets=targets_BL, draw=Draw(0, 0)).loss
+            loss = self.model(ids_BL, targets=targets_BL, draw=self.last).loss
         assert loss is not None
         with clock("backward"):
             loss.backward()

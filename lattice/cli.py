@@ -486,7 +486,7 @@ def generate(
         Import the user code that the run's recipe names.
     """
     from lattice.generate import Sampling
-    from lattice.load import codec_of, load
+    from lattice.load import checkpoint_of, codec_of, load
     from lattice.prompts import read_prompts, unfinished
     from lattice.report import stream_text, write_completions
     from lattice.text_generation import completions
@@ -494,7 +494,18 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt or --prompts")
     texts = prompt if prompt is not None else read_prompts(prompts or Path())
-    left = unfinished(texts, out)
+    settings = {
+        "checkpoint": str(checkpoint_of(run, trust_imports=trust_imports)),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or [],
+        "prefill": prefill,
+        "set": set_ or [],
+    }
+    left = unfinished(texts, out, settings)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     codec = codec_of(run, trust_imports=trust_imports)
     model = load(run, overrides=set_ or [], device=device, trust_imports=trust_imports)
@@ -514,7 +525,7 @@ def generate(
         batch_size=batch,
         parallel_prefill=parallel,
     )
-    write_completions(model, done, texts, left, out, parallel=parallel)
+    write_completions(model, done, texts, left, out, settings, parallel=parallel)
 
 
 @app.command

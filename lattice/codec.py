@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from lattice.protocols import Backbone, Codec, Data, Recurrence, Tokenizer
@@ -12,7 +13,14 @@ def open_codec(recipe: Recipe, folder: Path | None) -> Codec:
     """The recipe's tokenizer, from `folder` where an earlier run saved it."""
     data: Data = recipe.component("data")
     tokenizer: Tokenizer = recipe.component("tokenizer")
-    return _fitting(recipe, tokenizer.build(folder, data.corpus()))
+    saved = folder is not None and folder.exists()
+    codec = tokenizer.build(folder, data.corpus())
+    try:
+        return _fitting(recipe, codec)
+    except RecipeError:
+        if folder is not None and not saved:  # else it would be the tokenizer of the recipe that is put right
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def saved_codec(recipe: Recipe, run: Path) -> Codec:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from lattice import user_code
 from lattice.assemble import evaluation_graph
 from lattice.build import build_model
 from lattice.codec import saved_codec
 from lattice.hardware import choose_device
 from lattice.model import LanguageModel
-from lattice.protocols import Checkpoint, Codec, EvaluationSubject
+from lattice.protocols import Checkpoint, Checkpointer, Codec, EvaluationSubject
 from lattice.recipe import Recipe, load_recipe
-from lattice.run_folder import RECIPE, read_table
+from lattice.run_folder import CHECKPOINTS, RECIPE, read_table
 from lattice.state import weights
 from lattice.thought_counts import counted
 
@@ -60,21 +61,36 @@ def subject_of(path: str | Path, recipe: Recipe, *, device: str = "auto") -> Eva
 
 def _load(path: Path, recipe: Recipe) -> tuple[LanguageModel, int]:
     """The model that `recipe` describes with the weights of a run or checkpoint, and their step."""
-    folder, checkpoint = locate(path)
-    component: Checkpoint = recipe.component("checkpoint")
-    checkpointer = component.build(folder / "checkpoints")
-    checkpoint = checkpoint or checkpointer.latest()
-    if checkpoint is None:
-        raise FileNotFoundError(f"'{folder}' has no checkpoint yet")
+    checkpointer, checkpoint = saved(path, recipe)
     model = build_model(recipe)
     facts = checkpointer.load(checkpoint, {"model": weights(model)})
     return model, int(facts["step"])
 
 
+def checkpoint_of(path: str | Path, *, trust_imports: bool = False) -> Path:
+    """The latest checkpoint of a run, or the checkpoint itself. Raises FileNotFoundError where there is
+    none."""
+    return saved(Path(path), recipe_of(path, trust_imports=trust_imports))[1]
+
+
+def saved(path: Path, recipe: Recipe) -> tuple[Checkpointer, Path]:
+    """What reads the checkpoints of a run, and the one that `path` means."""
+    folder, checkpoint = locate(path)
+    component: Checkpoint = recipe.component("checkpoint")
+    checkpointer = component.build(folder / CHECKPOINTS)
+    checkpoint = checkpoint or checkpointer.latest()
+    if checkpoint is None:
+        raise FileNotFoundError(f"'{folder}' has no checkpoint yet")
+    return checkpointer, checkpoint
+
+
 def recipe_of(path: str | Path, *, overrides: Iterable[str] = (), trust_imports: bool = False) -> Recipe:
     """The recipe that a run, or the run of a checkpoint, followed, with `overrides` over it."""
     folder, _ = locate(Path(path))
-    return load_recipe(read_table(folder), overrides, allow_imports=trust_imports)
+    table = read_table(folder)
+    if "imports" in table:
+        table["imports"] = user_code.found(folder, table["imports"])
+    return load_recipe(table, overrides, allow_imports=trust_imports)
 
 
 def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:

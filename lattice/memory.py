@@ -50,7 +50,8 @@ class Most(Draw):
 
 def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
     """Predicted for a step on `rows` sequences of `length` tokens, with the most iterations that it may draw,
-    by computing it on fake tensors; one micro-batch, after the optimizer's first step."""
+    by computing it on fake tensors; one micro-batch, after the optimizer's first step. It is the last step of
+    the training: what thinks more from step to step thinks most there."""
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
     precision = given.as_in_memory
@@ -58,7 +59,7 @@ def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
         model = undrawn_model(recipe)
         precision.apply(model)
         ids_BL = torch.zeros(rows, length, dtype=torch.int64)
-        live = traced_step(model, ids_BL, precision)
+        live = traced_step(model, ids_BL, precision, step=recipe.run.steps - 1)
         updated = optimizer.build(model)
         updated.step()
         states = (value for state in updated.state.values() for value in state.values())
@@ -77,8 +78,9 @@ def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
     )
 
 
-def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision) -> LiveTensors:
-    """Forward and backward, followed: `parameters`, `gradients`, `logits` and `other`. Gradients stay."""
+def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, step: int = 0) -> LiveTensors:
+    """Forward and backward of a training's step number `step`, from 0, followed: `parameters`, `gradients`,
+    `logits` and `other`. Gradients stay."""
     vocabulary = model.shape.vocab_size
 
     def label(tensor: Tensor) -> str:
@@ -90,7 +92,7 @@ def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision) -> L
     live.rename(held, "parameters")
     with live:
         with precision.autocast(ids_BL.device):
-            loss = model(ids_BL, targets=ids_BL, draw=Most(0, 0)).loss
+            loss = model(ids_BL, targets=ids_BL, draw=Most(0, step)).loss
         assert loss is not None
         loss.backward()
         del loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -30,9 +31,11 @@ def _value(path: Path, at: int, line: str, key: str) -> str:
     return str(row[key])
 
 
-def unfinished(prompts: list[str], out: Path | None) -> list[tuple[int, str]]:
+def unfinished(
+    prompts: list[str], out: Path | None, settings: dict[str, Any] | None = None
+) -> list[tuple[int, str]]:
     """The numbered prompts that `out` does not hold yet. A line that was cut off is dropped from it. Raises
-    ValueError where it holds another prompt under a number."""
+    ValueError where it holds another prompt under a number, or was written with other `settings`."""
     numbered = list(enumerate(prompts))
     if out is None or not out.is_file():
         return numbered
@@ -41,7 +44,18 @@ def unfinished(prompts: list[str], out: Path | None) -> list[tuple[int, str]]:
     done = set()
     for at, line in enumerate(whole.decode().split("\n")[:-1], start=1):
         prompt = _value(out, at, line, "prompt")
-        number = json.loads(line).get("number")
+        row = json.loads(line)
+        number, before = row.get("number"), row.get("settings") or {}
+        differ = [
+            f"{name} {before.get(name)!r} there, {value!r} here"
+            for name, value in (settings or {}).items()
+            if before.get(name) != value
+        ]
+        if differ:
+            raise ValueError(
+                f"{out}:{at}: was generated otherwise: {'; '.join(differ)}; choose another file with --out, "
+                "or remove it"
+            )
         if not isinstance(number, int) or not 0 <= number < len(prompts) or prompts[number] != prompt:
             raise ValueError(
                 f"{out}:{at}: is of other prompts than these; choose another file with --out, or remove it"

@@ -167,10 +167,12 @@ def write_completions(
     prompts: Sequence[str],
     left: Sequence[tuple[int, str]],
     out: Path | None,
+    settings: dict[str, Any],
     *,
     parallel: bool,
 ) -> None:
-    """As jsonl, each line on disk as soon as its batch is done, with a progress bar; or to stdout."""
+    """As jsonl with the settings they came from, each line on disk as soon as its batch is done, with a
+    progress bar; or to stdout."""
     finished = len(prompts) - len(left)
     show_prefill(model, f"{len(left)} prompts, {finished} done before", parallel=parallel)
     with ExitStack() as stack:
@@ -178,6 +180,7 @@ def write_completions(
         bar = stack.enter_context(Progress(console=errors, disable=out is None or not errors.is_terminal))
         task = bar.add_task("prompts", total=len(prompts), completed=finished)
         for number, completion in done:
-            file.write(json.dumps({"number": number, **asdict(completion)}, ensure_ascii=False) + "\n")
+            row = {"number": number, **asdict(completion), "settings": settings}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.advance(task)

@@ -1,6 +1,7 @@
 """A run's directory: the recipe it follows, a line of metrics a step, and its summary.
 
 recipe.toml       resolved, with the versions and the commit it ran with
+imports/          the user's own files that it names, as they were
 metrics.jsonl     a line a step, and a line an evaluation
 tensorboard/  checkpoints/  tokenizer/
 summary.json      written at the end
@@ -22,12 +23,13 @@ from typing import Any, TextIO
 
 import torch
 
-from lattice import atomic, toml_source
+from lattice import atomic, toml_source, user_code
 from lattice.recipe import Recipe, RecipeError
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
 MAY_DIFFER = (
     "run.steps",
     "run.log_every",
@@ -68,12 +70,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 def open_run(folder: Path, recipe: Recipe) -> None:
     """Makes the directory a run of this recipe."""
+    user_code.keep(folder, recipe.imports)
     atomic.write_file(folder / RECIPE, (provenance() + recipe.to_toml()).encode())
 
 
 def check_same(folder: Path, recipe: Recipe) -> None:
-    """Raises RunExists where the directory holds a run of another recipe."""
+    """Raises RunExists where the directory holds a run of another recipe, or what is left of one."""
     if not (folder / RECIPE).is_file():
+        left = [name for name in (METRICS, SUMMARY, CHECKPOINTS) if (folder / name).exists()]
+        if left:
+            raise RunExists(
+                f"'{folder}' holds {left[0]} but no {RECIPE}: is of no run that can go on. Choose another "
+                "directory with --out, or remove this one"
+            )
         return
     different = _differences(read_table(folder), recipe.table())
     if different:
@@ -193,9 +202,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [row for line in lines if (row := _row(line))]
 
 
-def training_losses(folder: Path) -> list[float]:
-    """The training loss of every step so far, in order."""
-    return [row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row]
+def training_curve(folder: Path, key: str = "loss") -> list[float]:
+    """The training loss, or another metric, of every step so far, in order."""
+    return [row[key] for row in read_metrics(folder / METRICS) if "loss" in row]
 
 
 def peak_memory_mib(device: torch.device) -> float:

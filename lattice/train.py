@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lattice import atomic, hardware, preflight, run_folder, state
+from lattice import atomic, hardware, preflight, run_folder, state, user_code
 from lattice.arrangement import together
 from lattice.assemble import TrainingGraph, training_graph
 from lattice.console import Training, only_first, say
@@ -66,7 +67,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
     finished = world.from_first(lambda: _finished(folder, recipe))
     if finished is not None:
         return finished
-    checkpointer = recipe.component("checkpoint").build(folder / "checkpoints")
+    checkpointer = recipe.component("checkpoint").build(folder / run_folder.CHECKPOINTS)
     fresh = checkpointer.latest() is None
     gathered_fits = world.from_first(lambda: preflight.check(recipe, fresh=fresh, world=world, device=device))
     with ExitStack() as stack:
@@ -84,6 +85,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         world.from_first(lambda: preflight.check_evaluators(recipe, graph.subject(0)))
         # Only now: a recipe whose parts do not fit leaves no run behind.
         world.from_first(lambda: run_folder.open_run(folder, recipe))
+        world.from_first(lambda: user_code.found(folder, recipe.imports))
         torch.manual_seed(recipe.run.seed)
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
         if resumed["step"] > recipe.run.steps:
@@ -94,7 +96,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
                 ]
             )
         if resumed["step"]:
-            say(f"resuming '{folder}' after step {resumed['step']}")
+            say(f"resuming '{folder}' after step {resumed['step']}{_prolonged(folder, recipe)}")
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
         ranks = f"{world.size} ranks, the first on " if world.size > 1 else ""
         say(f"{parameters:,} parameters on {ranks}{graph.device}; the run's directory is '{folder}'")
@@ -113,6 +115,16 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         taken = summary["steps"]
         say(f"'{folder}' has taken all its {taken} steps; to train anew choose another one with --out")
     return summary
+
+
+def _prolonged(folder: Path, recipe: Recipe) -> str:
+    """What is said of a run that had taken all the steps it was to take, and is given more."""
+    if not (folder / run_folder.SUMMARY).is_file():
+        return ""
+    return (
+        f", where it had ended: with {recipe.run.steps} steps its learning rate follows another schedule "
+        "from here on"
+    )
 
 
 class Loop:
@@ -323,7 +335,7 @@ class Loop:
     def _write_summary(self, peak_memory_mib: float) -> dict[str, Any]:
         graph, options = self.graph, self.run_options
         seconds = time.perf_counter() - self.started
-        losses = run_folder.training_losses(graph.folder)
+        losses = run_folder.training_curve(graph.folder)
         tokens = options.steps * options.batch_tokens
         summary: dict[str, Any] = {
             "steps": options.steps,
@@ -331,7 +343,9 @@ class Loop:
             "last_loss": losses[-1],
             "tokens": tokens,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": statistics.median(
+                run_folder.training_curve(graph.folder, "tokens_per_second")
+            ),
             "peak_memory_mib": peak_memory_mib,
             "parameters": sum(parameter.numel() for parameter in graph.model.parameters()),
             "provenance": {

@@ -59,7 +59,10 @@ class BpeTokenizer(Tokenizer):
         codec = load_codec(folder / MODEL, config)
         made = config.get("lattice", {"kind": "bpe", "vocab_size": codec.vocab_size})
         if made.get("kind") != "bpe":
-            raise ValueError(f"{folder} holds a tokenizer of kind {made.get('kind')!r}, not 'bpe'")
+            raise ValueError(
+                f"{folder} holds a tokenizer of kind {made.get('kind')!r}, not 'bpe': set tokenizer.kind to "
+                "that, or delete the folder to train one"
+            )
         for option, wanted in asdict(self).items():
             if made.get(option, wanted) != wanted:
                 raise ValueError(

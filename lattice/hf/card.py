@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from lattice.recipe import Recipe
 from lattice.run_folder import METRICS, RECIPE, SUMMARY, read_metrics
 
+LIBRARY = "lattice"
+"""The tag by which the card of an export is known."""
 TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM{also}
 
@@ -58,7 +60,7 @@ def write_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["lattice", backbone.kind, *([] if plain else [recurrence.kind, "custom_code"])],
+        tags=[LIBRARY, backbone.kind, *([] if plain else [recurrence.kind, "custom_code"])],
     )
     sections = [
         f"# {run.resolve().name}",

@@ -105,6 +105,22 @@ def test_a_checkpoint_instead_of_the_last(run, tmp_path):
     assert "seconds" not in figures, "the summary is of the whole run"
 
 
+def test_what_is_no_export_is_not_replaced(run, tmp_path):
+    """An earlier one is."""
+    mine = tmp_path / "README.md"
+    for text in ("# My project\n", "---\ntags: [text]\n---\nMine\n"):
+        mine.write_text(text)
+        with pytest.raises(FileExistsError, match="is not empty and holds no earlier export"):
+            export(run, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+        assert mine.read_text() == text
+    mine.unlink()
+    export(run, tmp_path)
+    before = mine.read_text()
+    export(run / "checkpoints/step-00000004", tmp_path)
+    assert mine.read_text() != before
+
+
 # ── the card ──────────────────────────────────────────────────────────────────────────────────────
 def test_every_figure_of_the_card_is_in_the_runs_files(run, exported):
     card = ModelCard.load(exported / "README.md")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import psutil
@@ -13,11 +14,13 @@ from lattice import preflight
 from lattice.arrangement import arranged
 from lattice.cli import main
 from lattice.components.recurrence.latent_thoughts import Thinking
+from lattice.components.recurrence.loop import Loop, Looping
 from lattice.hardware import GPU
 from lattice.ledger import ledger
 from lattice.memory import step_memory, traced_step
 from lattice.plan import CHECKPOINTING, Target, cheapest, plan
 from lattice.protocols import Recurrence
+from lattice.registry import register
 
 BACKBONES = {
     "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 4},
@@ -70,6 +73,33 @@ def test_predicted_memory(backbone, recurrence, checkpointing, precision):
     assert predicted.parameters == weights
     assert predicted.optimizer == moments == 2 * weights
     assert predicted.gradients <= weights
+
+
+@register("recurrence", "test_growing")
+@dataclass(frozen=True, kw_only=True)
+class Growing(Loop):
+    """More loops the longer it is trained."""
+
+    def build(self, shape):
+        return Grown(self.loops, 1.0)
+
+
+class Grown(Looping):
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        now = Looping(self.loops if draw is None else min(self.loops, draw.step), self.scale)
+        return now(stack, ids_BL, draw=draw, cache=cache)
+
+
+def test_what_grows_with_the_step_is_predicted_at_the_last_one():
+    recipe = recipe_of(recurrence="loop", run={"batch_tokens": 256, "sequence_tokens": 32})
+
+    def activations(kind, steps):
+        overrides = [f"recurrence.kind={kind}", "recurrence.loops=3", f"run.steps={steps}"]
+        return step_memory(lattice.load_recipe(recipe, overrides), rows=4, length=32).activations
+
+    sizes = [activations("test_growing", steps) for steps in (1, 2, 3, 9)]
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3]
+    assert sizes[3] == activations("loop", 1)
 
 
 def test_float8_is_predicted_without_its_hardware():

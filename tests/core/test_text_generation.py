@@ -1,6 +1,7 @@
 """Texts: stop strings, prompts of different lengths in a batch, files of prompts, what is streamed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -271,6 +272,16 @@ def test_command_of_many_prompts(trained, tmp_path, capsys):
     assert sorted(out.read_text().splitlines()) == sorted(whole.splitlines())
     _, printed, _ = command(capsys, "generate", trained, *options)
     assert sorted(printed.splitlines()) == sorted(whole.splitlines())
+    for otherwise in (("--seed", 3), ("--set", "recurrence.thoughts=2"), ("--stop", "e")):
+        code, _, said = command(capsys, "generate", trained, *options, *otherwise, "--out", out)
+        name, value = otherwise[0].removeprefix("--"), otherwise[1]
+        assert code == 2
+        assert f"out.jsonl:1: was generated otherwise: {name} " in said
+        assert str(value) in said.split(" there, ")[1]
+    shutil.copytree(trained, tmp_path / "another")
+    _, _, said = command(capsys, "generate", tmp_path / "another", *options, "--out", out)
+    assert "was generated otherwise: checkpoint" in said
+    assert sorted(out.read_text().splitlines()) == sorted(whole.splitlines())
 
 
 def test_thoughts_and_iterations_change_at_inference(trained, capsys):

@@ -14,7 +14,7 @@ from lattice.hf.export import export
 from lattice.lm_eval_model import LatticeLM, _Generation
 from lattice.lm_eval_model import main as lm_eval_main
 from lattice.load import load_subject
-from lattice.run_folder import training_losses
+from lattice.run_folder import training_curve
 from tests.evaluation.small_runs import RECIPE, train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
@@ -174,7 +174,7 @@ def test_tasks_while_training(tasks, tmp_path):
     for shots in (0, 1):
         assert [row["step"] for row in rows if f"downstream/choices/{shots}shot/acc" in row] == [2, 4]
     quiet = train(tmp_path / "quiet")
-    assert training_losses(folder) == training_losses(quiet)  # evaluating leaves the training alone
+    assert training_curve(folder) == training_curve(quiet)  # evaluating leaves the training alone
 
 
 def test_on_the_command_line_of_lm_eval(runs, tasks, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The same directory with another recipe: what may differ, what is refused, more steps and fewer."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -66,6 +67,35 @@ def test_a_summary_that_is_none_is_named(train, tmp_path, text):
     (tmp_path / "run" / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=r"summary\.json: no summary of a run"):
         train("run.steps=3")
+
+
+def test_more_steps_of_a_run_that_had_ended_are_not_taken_in_silence(train, capsys):
+    train("run.steps=3")
+    train("run.steps=5")
+    assert (
+        "after step 3, where it had ended: with 5 steps its learning rate follows" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "summary.json", "checkpoints"])
+def test_what_is_left_of_a_run_is_not_written_over(left, train, tmp_path):
+    train("run.steps=2")
+    (tmp_path / "run" / "recipe.toml").unlink()
+    for name in {"metrics.jsonl", "summary.json", "checkpoints"} - {left}:
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(run_folder.RunExists, match=rf"holds {left} but no recipe\.toml"):
+        train("run.steps=2")
+
+
+def test_a_tokenizer_without_room_is_not_kept(train, tmp_path):
+    """The recipe that was put right would be told to use it."""
+    trained = ("tokenizer.kind=bpe", "run.steps=1")
+    with pytest.raises(
+        lattice.recipe.RecipeError, match=r"backbone\.vocab_size = 257: the tokenizer has 300"
+    ):
+        train(*trained, "tokenizer.vocab_size=300")
+    assert train(*trained, "tokenizer.vocab_size=257")["steps"] == 1
 
 
 def test_more_steps_go_on_from_the_end(train, tmp_path):

@@ -1,0 +1,59 @@
+"""Copies of a user's own files in a run's directory, as the run began with them: files change, and move.
+
+Kept in `imports/`, under the name of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from lattice import atomic
+from lattice.console import errors
+
+FOLDER = "imports"
+
+
+def keep(run: Path, imports: Sequence[str]) -> None:
+    """Copies the files among the imports of a run that begins, or goes on."""
+    for name, copy in _copies(run, imports).items():
+        if not copy.is_file():
+            atomic.write_file(copy, Path(name).read_bytes())
+
+
+def found(run: Path, imports: Sequence[str]) -> list[str]:
+    """The imports of a run, with the copy in place of a file that is gone. Says so, and where a file is not
+    what the run began with."""
+    copies = _copies(run, imports)
+    return [_one(name, copies[name]) if name in copies else name for name in imports]
+
+
+def _one(name: str, copy: Path) -> str:
+    if not copy.is_file():
+        return name
+    if not Path(name).is_file():
+        _warn(f"'{name}' does not exist; in its place '{copy}', which the run began with")
+        return str(copy.resolve())
+    if Path(name).read_bytes() != copy.read_bytes():
+        _warn(f"'{name}' is not what the run began with, which is '{copy}'; what follows is by the new code")
+    return name
+
+
+def _copies(run: Path, imports: Sequence[str]) -> dict[str, Path]:
+    """The place of each file's copy, none twice."""
+    places: dict[str, Path] = {}
+    for name in imports:
+        if name.endswith(".py") and name not in places:
+            place, number = run / FOLDER / Path(name).name, 1
+            while place in places.values():
+                number += 1
+                place = place.with_name(f"{Path(name).stem}_{number}.py")
+            places[name] = place
+    return places
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once a process: a command may read a run's recipe several times."""
+    errors.print(f"warning: {text}", markup=False, soft_wrap=True)
