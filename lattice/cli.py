@@ -608,9 +608,10 @@ def prepare(
     workers
         Processes that encode; with 0 this one does, on all cores. The bytes are the same.
     """
+    from lattice.console import plural, say
     from lattice.prepare import prepare as prepare_
 
-    prepare_(
+    manifest = prepare_(
         list(sources),
         out,
         tokenizer,
@@ -619,6 +620,8 @@ def prepare(
         text_key=text_key,
         workers=workers,
     )
+    for split, held in manifest["splits"].items():
+        say(f"'{out}' {split}: {plural(held['documents'], 'document')}, {plural(held['tokens'], 'token')}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,6 +29,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things: 1 token, 2 tokens."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @contextmanager
 def only_first(rank: int) -> Iterator[None]:
     """Within, ranks other than the first show nothing but errors."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lattice.atomic import PARTIAL, naming, write_json
+from lattice.console import plural
 from lattice.protocols import Codec
 from lattice.shard_writer import INDEX_BYTES, JOURNAL, MANIFEST, checksum, manifest, token_dtype
 
@@ -34,7 +35,7 @@ class Journal:
     """The state of one directory: `finished` is its manifest if there is nothing left to do."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Raises ValueError where the directory holds another preparation or something else."""
+        """Raises ValueError where the directory holds another preparation."""
         self.folder = folder
         self.settings = settings
         self.finished: dict[str, Any] | None = None
@@ -55,9 +56,6 @@ class Journal:
                 raise ValueError(f"{folder / JOURNAL} is damaged: delete '{folder}' and start again")
             self._resume(saved)
         else:
-            others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and PARTIAL not in p.name)
-            if others:
-                raise ValueError(f"{folder} is not empty ({', '.join(others[:5])}): choose a new directory")
             self._save()
         for partial in folder.glob(f"**/*{PARTIAL}"):
             partial.unlink()
@@ -82,9 +80,15 @@ class Journal:
         self._save()
 
     def finish(self, codec: Codec, tokenizer: dict[str, str]) -> dict[str, Any]:
-        """Writes the manifest and ends the journal. Raises ValueError if there is no document."""
+        """Writes the manifest and ends the journal. Raises ValueError if there is no document to train on."""
         if not any(self.splits.values()):
             raise ValueError(f"the sources hold no text: {', '.join(self.settings['sources'])}")
+        if not self.splits["train"]:
+            held_out = sum(shard["documents"] for shard in self.splits["validation"])
+            raise ValueError(
+                f"validation_fraction = {self.settings['validation_fraction']}: holds out all that there is, "
+                f"{plural(held_out, 'document')}: give a lower one and another directory, or more documents"
+            )
         result = manifest(
             codec,
             tokenizer,
@@ -100,8 +104,9 @@ class Journal:
     def describe(self) -> str:
         shards = [shard for split in self.splits.values() for shard in split]
         return (
-            f"Complete and kept: {len(shards)} shards, {sum(s['documents'] for s in shards)} documents, "
-            f"{sum(s['tokens'] for s in shards)} tokens."
+            f"Complete and kept: {plural(len(shards), 'shard')}, "
+            f"{plural(sum(s['documents'] for s in shards), 'document')}, "
+            f"{plural(sum(s['tokens'] for s in shards), 'token')}."
         )
 
     def _resume(self, saved: dict[str, Any]) -> None:
@@ -163,16 +168,24 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
+def _refuse_foreign(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    others = sorted(name for name in names if name != LOCK and PARTIAL not in name)
+    if others and names.isdisjoint({MANIFEST, JOURNAL}):
+        raise ValueError(f"{folder} is not empty ({', '.join(others[:5])}): choose a new directory")
+
+
 @contextmanager
 def opened(folder: Path, settings: dict[str, Any]) -> Iterator[Journal]:
     """The journal of `folder`, created if need be, for this process alone.
 
-    Raises ValueError if another process prepares there.
+    Raises ValueError if another process prepares there, or it holds something else.
     """
     from filelock import FileLock, Timeout
 
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign(folder)  # before the lock is a file in it
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lattice.console import plural
 from lattice.prepare_encoding import Document
 
 LINE_SECONDS = 30.0
@@ -55,6 +56,6 @@ class _Counter:
     def text(self) -> str:
         rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
         return (
-            f"source {self._source + 1} of {len(self._sources)}: {self._documents:,} documents, "
-            f"{self._bytes / 1e6:,.1f} MB, {self._tokens:,} tokens, {rate:,.0f} tokens/s"
+            f"source {self._source + 1} of {len(self._sources)}: {plural(self._documents, 'document')}, "
+            f"{self._bytes / 1e6:,.1f} MB, {plural(self._tokens, 'token')}, {rate:,.0f} tokens/s"
         )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from lattice import cli
 from lattice.components.data._shards import TokenStream, load_manifest
 from lattice.prepare import prepare
 
@@ -221,3 +222,20 @@ def test_options_are_checked(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "out", tmp_path / "a.txt", **options)
+
+
+def test_the_command_says_what_lies_there(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*DOCUMENTS * 5, "b"]))
+    command = ["prepare", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--validation-fraction", "0.4"])
+    assert not stop.value.code
+    splits = load_manifest(tmp_path / "out")["splits"]
+    for line, (name, split) in zip(capsys.readouterr().out.splitlines(), splits.items(), strict=True):
+        assert line.endswith(f"{name}: {split['documents']} documents, {split['tokens']:,} tokens")
+
+
+def test_nothing_is_left_for_training(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"validation_fraction = 0\.999.* 1 document: "):
+        run(tmp_path / "out", tmp_path / "a.txt", validation_fraction=0.999)

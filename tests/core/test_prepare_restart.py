@@ -242,6 +242,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
     source.write_text("text")
     with pytest.raises(ValueError, match=r"is not empty \(a\.txt\)"):
         prepare([str(source)], tmp_path, "bytes", show_progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"], "no lock stays in it"
 
 
 def test_two_at_once_are_refused(tmp_path):
