@@ -8,18 +8,29 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
+from cyclopts.help import DefaultFormatter
 from rich.markup import escape
 
 from lattice import __version__, registry
 from lattice.launch import Launch
 from lattice.protocols import ROLES
 
+
+class _Help(DefaultFormatter):
+    """Options come last: one that takes several values takes what follows it, a recipe too."""
+
+    def render_usage(self, console: Any, options: Any, usage: Any) -> None:
+        words = sorted(str(usage).split(), key="[OPTIONS]".__eq__)
+        super().render_usage(console, options, " ".join(words) + "\n")
+
+
 app = App(
     name="lattice",
     version=__version__,
     help="Pretraining of language models that think before every token.",
     help_on_error=False,
+    help_formatter=_Help(),
 )
 
 
@@ -29,7 +40,7 @@ def _at_least_one(_: Any, values: list[Any] | None) -> None:
 
 
 SEVERAL = Parameter(consume_multiple=True, negative="", validator=_at_least_one)
-Set = Annotated[list[str] | None, SEVERAL, Parameter(name="--set", help="Overrides, table.key=value.")]
+Set = Annotated[list[str] | None, SEVERAL, Parameter(name="--set")]
 
 
 @app.command
@@ -40,6 +51,8 @@ def run(recipe: Path, *, set_: Set = None, out: Path | None = None) -> None:
     ----------
     recipe
         A TOML file.
+    set_
+        Overrides, table.key=value.
     out
         The run's directory; runs/ and the recipe's name if not given.
     """
@@ -58,6 +71,10 @@ def show(recipe: Path, *, set_: Set = None, origin: bool = False) -> None:
 
     Parameters
     ----------
+    recipe
+        A TOML file.
+    set_
+        Overrides, table.key=value.
     origin
         Say behind each value where it comes from.
     """
@@ -132,7 +149,7 @@ def check(target: str, *, set_: Set = None) -> None:
     target
         A file that registers recurrences, or the name of a kind.
     set_
-        Options of the recurrence, name=value.
+        Options of the recurrence, such as thoughts=2.
     """
     from lattice.report import show_checks
 
@@ -385,6 +402,8 @@ def eval_(
         Windows of documents, inputs of tasks, or texts to decode that are computed at once; 16 if not given.
     samples
         A folder for every question with its answers.
+    set_
+        Overrides of the run's recipe, table.key=value.
     out
         A jsonl file to add the figures to; evaluation.jsonl in the run's directory if not given.
     trust_imports
@@ -482,6 +501,8 @@ def generate(
         Prompts decoded at once.
     prefill
         Evaluate the prompt in sequence, or all tokens at once by the parallel solver.
+    set_
+        Overrides of the run's recipe, table.key=value.
     trust_imports
         Import the user code that the run's recipe names.
     """
@@ -567,6 +588,8 @@ def import_(
         Weights of Pythia (GPT-NeoX) or Llama, or what `lattice export` wrote.
     to
         The recipe to write.
+    set_
+        What the recipe is to set besides, table.key=value.
     extends
         Recipes that it is to extend.
     trust_imports
@@ -624,6 +647,18 @@ def prepare(
         say(f"'{out}' {split}: {plural(held['documents'], 'document')}, {plural(held['tokens'], 'token')}")
 
 
+def _hint(error: Exception) -> str:
+    """What is likely meant by a command line that cannot be read."""
+    match error:
+        case MissingArgumentError(argument=argument) if argument and argument.field_info.is_positional:
+            return " It goes before the options: --set and others take all values that follow."
+        case UnusedCliTokensError(unused_tokens=[token, *_]) if "=" in token:
+            return f" To override a recipe: --set {token}"
+        case UnusedCliTokensError():
+            return " Quote a value with spaces; an option that takes one value is repeated for several."
+    return ""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: an error of the user's making is printed without a traceback, and the exit code is 2."""
     from lattice.console import errors
@@ -633,7 +668,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (CycloptsError, ValueError, OSError, ImportError) as error:
         launch = Launch.here()
         whose = f"rank {launch.rank}: " if launch.size > 1 else ""
-        for line in str(error).splitlines() if launch.tells(error) else ():
+        for line in f"{error}{_hint(error)}".splitlines() if launch.tells(error) else ():
             errors.print(f"[bold red]error:[/] {whose}{escape(line)}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

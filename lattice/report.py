@@ -113,7 +113,8 @@ def _recurrences(target: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
             )
     else:
         registry.lookup("recurrence", target)
-    options = [f"recurrence.{override}" for override in overrides]
+    # An option may be called as it is in a recipe.
+    options = [f"recurrence.{override.removeprefix('recurrence.')}" for override in overrides]
     recipes = [load_recipe({"recurrence": {"kind": kind}}, options) for kind in kinds]
     return [to_table(recipe.component("recurrence")) for recipe in recipes]
 

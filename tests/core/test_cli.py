@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -356,6 +357,42 @@ def test_an_option_without_the_values_it_takes(command, option, call):
     code, out, err = call(command, "tiny.toml", option)
     assert (code, out) == (2, "")
     assert f"for {option}. Must be followed by at least one value." in err
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("run", "Overrides, table.key=value."),
+        ("check", "Options of the recurrence, such as thoughts=2."),
+        ("bench", "Overrides of all recipes, table.key=value."),
+        ("sweep", "Overrides of all arms, table.key=value."),
+    ],
+)
+def test_help_says_what_set_overrides(command, overrides, call):
+    out = call(command, "--help")[1]
+    assert re.search(rf"--set STR\.\.\. +{re.escape(overrides)}", out)
+    assert out.splitlines()[0].endswith(" [OPTIONS]"), "after them a recipe would be one more override"
+
+
+def test_check_takes_an_option_as_a_recipe_calls_it(call):
+    assert "recurrence.thoughts = -1: must be" in call("check", "latent_thoughts", "--set", "thoughts=-1")[2]
+    assert call("check", "latent_thoughts", "--set", "recurrence.thoughts=-1") == call(
+        "check", "latent_thoughts", "--set", "thoughts=-1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("show", "--set", "run.steps=3", "tiny.toml"), "It goes before the options"),
+        (("show", "tiny.toml", "run.steps=3"), "To override a recipe: --set run.steps=3"),
+        (("generate", "run", "--prompt", "a", "b"), "Quote a value with spaces"),
+    ],
+)
+def test_a_command_line_that_is_likely_meant_otherwise(arguments, hint, call):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert hint in err
 
 
 @pytest.mark.parametrize("arguments", [("runn", "tiny.toml"), ("run",), ("show", "tiny.toml", "--orign")])
