@@ -229,10 +229,15 @@ class _Arms:
         if len(self._problems) > before:
             return None
         try:
-            return load_recipe(self._base, self._overrides, over=layer)
+            recipe = load_recipe(self._base, self._overrides, over=layer)
         except RecipeError as error:
             self._problems += [f"arm '{name}': {problem}" for problem in error.problems]
             return None
+        if recipe.origin(("run", "seed")).place == "--set":
+            self._problems.append(
+                f"--set run.seed={recipe.run.seed}: each arm is trained with the seeds of the study, set there"
+            )
+        return recipe
 
 
 def _matched(name: str, recipe: Recipe, match: Match, other: Recipe) -> Arm:

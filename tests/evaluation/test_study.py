@@ -140,6 +140,10 @@ def test_unknown_keys_of_a_study(tmp_path):
         read_study(write(tmp_path, {"a": {}}, seed=[1]))
     with pytest.raises(RecipeError, match=r"seeds = \[1, 1\]"):
         read_study(write(tmp_path, {"a": {}}, seeds=[1, 1]))
+    with pytest.raises(
+        RecipeError, match=r"^--set run.seed=3: each arm is trained with the seeds of the study"
+    ):
+        read_study(write(tmp_path, {"a": {}, "b": LATENT}), ["run.seed=3"])
     assert command("sweep", tmp_path / "none.toml") == 2
 
 
