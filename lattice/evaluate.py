@@ -47,6 +47,12 @@ class Wanted:
             for one in value if isinstance(value, tuple) else (value,):
                 if one is not None and one < least:
                     raise ValueError(f"{name} = {one}: must be at least {least}")
+        if not self.tasks:
+            if not self.held_out:
+                raise ValueError("held_out = False: without tasks there is nothing to evaluate")
+            for name in ("few_shot", "samples", "include"):
+                if (value := getattr(self, name)) not in (None, ()):
+                    raise ValueError(f"{name} = {value}: is of tasks, and there are none; give --tasks")
 
     @property
     def overrides(self) -> list[str]:
