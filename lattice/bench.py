@@ -49,8 +49,8 @@ class Options:
     """Tokens to decode."""
     warm_up: int = 2
     repetitions: int = 7
-    peak: float | None = None
-    """Operations a second of this machine, for MFU; that of the GPU if it is known."""
+    peak_tflops: float | None = None
+    """Of this machine, for MFU; that of the GPU if it is known."""
 
     def __post_init__(self) -> None:
         for name, least in (("repetitions", 1), ("warm_up", 0), ("new_tokens", 1)):
@@ -60,6 +60,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops = {self.peak_tflops}: must be greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,8 @@ class Workload:
         row["token_passes_per_second"] = rate * passes
         row["operations_per_token"] = operations
         row["operations_per_second"] = rate * operations
-        peak = options.peak or hardware.peak_of(self.device)
+        given = options.peak_tflops
+        peak = hardware.peak_of(self.device) if given is None else given * 1e12
         row["mfu"] = None if peak is None else row["operations_per_second"] / peak
         return row
 

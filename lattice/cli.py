@@ -213,7 +213,11 @@ def bench(
         of_first += [f"recurrence.jacobi.train=[{jacobi}, {jacobi}]", f"recurrence.jacobi.eval={jacobi}"]
     if solver is not None:
         of_first.append(f"recurrence.solver={solver}")
-    recipes = {recipe.stem: load_recipe(recipe, of_first)}
+    first = load_recipe(recipe, of_first)
+    in_use = getattr(first.component("recurrence"), "solver", "jacobi")
+    if jacobi is not None and in_use != "jacobi":
+        raise ValueError(f"--jacobi {jacobi}: the solver in use is {in_use}; add --solver jacobi")
+    recipes = {recipe.stem: first}
     for other in compare or []:
         if other.stem in recipes:
             raise ValueError(f"--compare {other}: a recipe of that name is measured already")
@@ -225,7 +229,7 @@ def bench(
         new_tokens=new_tokens,
         warm_up=warm_up,
         repetitions=repetitions,
-        peak=None if peak_tflops is None else peak_tflops * 1e12,
+        peak_tflops=peak_tflops,
     )
     run_bench(recipes, thoughts, options, out)
 
@@ -514,6 +518,8 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt or --prompts")
+    if batch < 1:
+        raise ValueError(f"batch = {batch}: must be at least 1")
     texts = prompt if prompt is not None else read_prompts(prompts or Path())
     settings = {
         "checkpoint": str(checkpoint_of(run, trust_imports=trust_imports)),

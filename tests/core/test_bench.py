@@ -64,7 +64,7 @@ def test_thought_counts_that_cannot_be():
 @pytest.mark.parametrize("mode", ["train", "eval", "decode"])
 def test_rows(kind, mode):
     recipe = recipe_of(kind, precision={"kind": "bf16"})
-    options = Options(mode=mode, warm_up=1, repetitions=3, new_tokens=4, peak=1e12)
+    options = Options(mode=mode, warm_up=1, repetitions=3, new_tokens=4, peak_tflops=1)
     (row,) = bench([Case(label="mine", thoughts=1, recipe=recipe)], options)
     rate, costs = row["tokens_per_second"], ledger(recipe, length=row["length"])
     assert 0 < rate["low"] <= rate["median"] <= rate["high"]
@@ -161,6 +161,8 @@ def test_command(tmp_path, capsys):
         (["--thoughts", "-1"], "thoughts = -1: must be at least 0"),
         (["--repetitions", "0"], "repetitions = 0: must be at least 1"),
         (["--batch", "0"], "batch = 0: must be at least 1"),
+        (["--peak-tflops", "0"], "peak_tflops = 0.0: must be greater than 0"),
+        (["--jacobi", "7", "--solver", "gauss_seidel"], "--jacobi 7: the solver in use is gauss_seidel"),
         (["--mode", "training"], "--mode"),
         (["--solver", "newton"], "recurrence.solver"),
         (["--length", "65"], "context"),

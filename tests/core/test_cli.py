@@ -272,6 +272,7 @@ def test_generate_shows_what_the_python_api_computes(call, trained):
     [
         (("--prompt", "x" * 60, "--max-new-tokens", "5"), "a prompt of 60 tokens and 5 new ones do not fit"),
         (("--prompt", "a", "--temperature", "-1"), "temperature = -1.0: must be at least 0"),
+        (("--prompt", "a", "--batch", "0"), "batch = 0: must be at least 1"),
         (("--prompt", "a", "--top-p", "2"), "top_p = 2.0: must be in (0, 1]"),
         (("--prompt", "a", "--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
         (("--prompt", "a", "--device", "tpu"), "tpu"),
