@@ -356,6 +356,8 @@ def plot(
     from lattice.console import say
     from lattice.pictures import curves
 
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: must end in .png")
     atomic.write_file(out, curves(run_folders(runs), metrics))
     say(f"wrote {out}")
 

@@ -178,6 +178,8 @@ def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
     known = {key for lines in rows.values() for row in lines for key, value in row.items() if _number(value)}
     wanted = keys or sorted(key for key in known if key == "loss" or key.endswith("/loss"))
     for key in wanted:
+        if key not in known and any(key in row for lines in rows.values() for row in lines):
+            raise ValueError(f"the metric '{key}' is no single number, which alone can be drawn")
         if key not in known:
             raise ValueError(f"no run has the metric '{key}'. Known: {', '.join(sorted(known))}")
     if not wanted:
@@ -187,14 +189,15 @@ def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
         len(wanted), 1, figsize=(8.5, 3.2 * len(wanted)), layout="constrained", squeeze=False
     )
     for key, axes in zip(wanted, panels[:, 0], strict=True):
+        seldom = "/" in key  # an evaluator's, not each step's
         for index, (folder, lines) in enumerate(rows.items()):
             points = [(row["tokens"], row[key]) for row in lines if key in row]
             if points:
                 tokens, values = zip(*points, strict=True)
-                seldom = "/" in key  # an evaluator's, not each step's
                 shown = np.array(values) if seldom else _smoothed(np.array(values))
                 axes.plot(tokens, shown, label=_label(str(folder)), **_style(index, marked=seldom))
-        axes.set(xlabel="training tokens", ylabel=key)
+        label = key if seldom else f"{key}, mean of {SMOOTHED} steps"
+        axes.set(xlabel="training tokens", ylabel=label)
         axes.grid(alpha=0.3)
         _name(axes)
     figure.savefig(png, dpi=130, format="png")

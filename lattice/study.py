@@ -235,7 +235,7 @@ class _Arms:
             return None
         if recipe.origin(("run", "seed")).place == "--set":
             self._problems.append(
-                f"--set run.seed={recipe.run.seed}: each arm is trained with the seeds of the study, set there"
+                f"--set run.seed={recipe.run.seed}: an arm is trained with the seeds of the study, set there"
             )
         return recipe
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import tomli_w
+from matplotlib.axes import Axes
 
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
 from lattice.ledger import ledger
@@ -141,7 +142,7 @@ def test_unknown_keys_of_a_study(tmp_path):
     with pytest.raises(RecipeError, match=r"seeds = \[1, 1\]"):
         read_study(write(tmp_path, {"a": {}}, seeds=[1, 1]))
     with pytest.raises(
-        RecipeError, match=r"^--set run.seed=3: each arm is trained with the seeds of the study"
+        RecipeError, match=r"^--set run.seed=3: an arm is trained with the seeds of the study"
     ):
         read_study(write(tmp_path, {"a": {}, "b": LATENT}), ["run.seed=3"])
     assert command("sweep", tmp_path / "none.toml") == 2
@@ -298,13 +299,22 @@ def test_arms_of_the_same_recipe_stay_apart_and_a_run_counts_once(tmp_path):
     assert [(group.name, len(group.runs)) for group in groups_of(runs)] == [("one", 1), ("other", 1)]
 
 
-def test_plot_draws_any_runs(tmp_path, capsys):
+def test_plot_draws_any_runs(tmp_path, capsys, monkeypatch):
     train(tmp_path / "runs/one")
     (tmp_path / "runs/one/summary.json").unlink()  # a run that goes on has none
-    assert command("plot", "runs", "--metrics", "loss", "grad_norm", "--out", "c.png") == 0
+    labels = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, label: labels.append(label))
+    assert command("plot", "runs", "--metrics", "loss", "validation/loss", "--out", "c.png") == 0
+    assert labels == ["loss, mean of 50 steps", "validation/loss"]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert command("plot", "runs", "--metrics", "los") == 2
     assert "no run has the metric 'los'. Known:" in capsys.readouterr().err
+    assert command("plot", "runs", "--out", "c.svg") == 2
+    assert "--out c.svg: must end in .png" in capsys.readouterr().err
+    metrics = tmp_path / "runs/one/metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 4, "tokens": 512, "residuals": [0.1]}\n')
+    assert command("plot", "runs", "--metrics", "residuals") == 2
+    assert "the metric 'residuals' is no single number" in capsys.readouterr().err
     (tmp_path / "runs/one").rename(tmp_path / "runs/a$x_{$")  # no mathematics
     assert command("plot", "runs", "--out", "d.png") == 0
     (tmp_path / "runs/a$x_{$/metrics.jsonl").unlink()
