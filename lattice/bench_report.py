@@ -128,6 +128,7 @@ def _picture(rows: Sequence[Row], path: Path) -> str:
         speed.errorbar(counts, middle, [below, above], marker="o", capsize=3, label=label)
         memory.plot(counts, [row["peak_memory_mib"] for row in mine], marker="o", label=label)
     for axes, name in ((speed, "tokens a second"), (memory, "peak memory, MiB")):
+        axes.axhline(0, linewidth=0)  # the room above the highest marker is a share of all from there
         axes.set(xlabel="thoughts", ylabel=name, ylim=(0, None))
         axes.set_xticks(sorted({row["thoughts"] for row in measured}))
         axes.grid(alpha=0.3)

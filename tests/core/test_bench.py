@@ -5,11 +5,12 @@ import weakref
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import lattice
 from lattice import bench as benching
 from lattice.bench import Case, Options, bench
-from lattice.bench_report import run_bench
+from lattice.bench_report import _picture, run_bench
 from lattice.cli import main
 from lattice.ledger import ledger
 from lattice.live_tensors import LiveTensors
@@ -127,6 +128,21 @@ def test_a_case_that_does_not_fit_is_a_row_and_the_others_go_on(where, monkeypat
     cases = [Case(label=label, thoughts=1, recipe=recipe_of()) for label in "abc"]
     rows = list(bench(cases, Options(warm_up=0, repetitions=1)))
     assert [row.get("error") for row in rows] == [None, "no room", None]
+
+
+def test_no_marker_is_cut_by_the_frame(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    about = {"recipe": "a", "mode": "decode", "batch": 1, "length": 32, "hardware": "here"}
+    rates = dict.fromkeys(("low", "median", "high"), 70.0)
+    rows = [
+        {**about, "thoughts": count, "tokens_per_second": rates, "peak_memory_mib": 90.0 + count / 10}
+        for count in range(3)
+    ]
+    _picture(rows, tmp_path / "bench.png")
+    for axes, highest in zip(figures[0].axes, (70.0, 90.2), strict=True):
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 1.04 * highest
 
 
 def succeeds(arguments):
