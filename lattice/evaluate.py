@@ -105,6 +105,8 @@ def evaluate(
             asked = {} if shots is None else {"few_shot": shots}
             row = {"run": str(run), "step": subject.step, **setting, "evaluator": name, **asked, **figures}
             results.append(row)
+            if not errors.is_terminal:
+                _say(curve, setting, figures)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -166,6 +168,17 @@ def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> N
         writer.close()
 
 
+def _say(curve: str, setting: Mapping[str, int | None], figures: Mapping[str, float]) -> None:
+    """A line as soon as an evaluator is done, for who waits where nothing moves."""
+    counts = [f"{name} {value}" for name, value in setting.items() if value is not None]
+    numbers = [f"{key} {_shown(value)}" for key, value in figures.items() if not key.endswith(STDERR)]
+    errors.print(f"{', '.join([*counts, curve])}: {'  '.join(numbers)}", markup=False, soft_wrap=True)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
 def _show(rows: Sequence[dict[str, Any]], settings: Sequence[tuple[int | None, int | None]]) -> None:
     names = ("thoughts", "iterations")
     given = [name for at, name in enumerate(names) if any(setting[at] is not None for setting in settings)]
@@ -176,8 +189,7 @@ def _show(rows: Sequence[dict[str, Any]], settings: Sequence[tuple[int | None, i
             if metric in about or metric.endswith(STDERR):
                 continue
             error = row.get(f"{metric}{STDERR}")
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            shown += f" ± {error:.4f}" if error else ""
+            shown = _shown(value) + (f" ± {error:.4f}" if error else "")
             name = row["evaluator"] + (f", {row['few_shot']}-shot" if "few_shot" in row else "")
             lines.append([*(str(row[count]) for count in given), name, metric, shown])
     step = rows[0]["step"] if rows else 0

@@ -15,7 +15,10 @@ def test_eval_shows_and_keeps_what_it_found(runs, tasks, tmp_path, capsys):
     arguments = ["eval", runs["thinking"], "--tasks", "choices", "--include", tasks]
     arguments += ["--thoughts", 0, 2, "--limit", 3, "--out", out, "--samples", samples]
     assert command(*arguments) == 0
-    assert "choices" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "choices" in shown.out
+    lines = [line for line in shown.err.splitlines() if ", choices: acc" in line]
+    assert [line.split(",")[0] for line in lines] == ["thoughts 0", "thoughts 2"], "each as it comes"
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["thoughts"] for row in rows] == [0, 2]
     assert all(0 <= row["acc"] <= 1 and "acc_stderr" in row and row["step"] == 4 for row in rows)
