@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shlex
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -101,7 +103,7 @@ def components(role: str | None = None) -> None:
         )
     for name in [role] if role else ROLES:
         rows = [
-            [kind, (cls.__doc__ or "").strip().splitlines()[0], _options(cls)]
+            [kind, (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " "), _options(cls)]
             for kind, cls in registry.kinds(name).items()
         ]
         table(name, ["kind", "what it is", "options"], rows)
@@ -137,7 +139,8 @@ def new(role: str, name: str, *, dir_: Annotated[Path, Parameter(name="--dir")] 
     from lattice.scaffold import write
 
     code, recipe = write(role, name, dir_)
-    say(f"wrote {code} and {recipe}. Next:\n  lattice check {code}\n  lattice run {recipe}")
+    arguments = [shlex.quote(str(path)) for path in (code, recipe)]
+    say("wrote {0} and {1}. Next:\n  lattice check {0}\n  lattice run {1}".format(*arguments))
 
 
 @app.command
@@ -607,7 +610,7 @@ def import_(
     from lattice.hf.importing import import_recipe
 
     import_recipe(folder, to, overrides=set_ or [], extends=extends or [], trust_imports=trust_imports)
-    say(f"wrote {to}. Next:\n  lattice run {to}")
+    say(f"wrote {to}. Next:\n  lattice run {shlex.quote(str(to))}")
 
 
 @app.command

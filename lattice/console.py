@@ -11,11 +11,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 WIDE = 120
 """Columns of a table that is not on a terminal, at most."""
@@ -44,6 +46,16 @@ def only_first(rank: int) -> Iterator[None]:
         console.quiet = before
 
 
+class _Figures(TextColumn):
+    """One line that is cut at its end where the terminal is narrow: a column that may wrap gives way, so that
+    the times behind it do not."""
+
+    def render(self, task: Task) -> Text:
+        figures = super().render(task)
+        figures.no_wrap, figures.overflow = True, "ellipsis"
+        return figures
+
+
 class Training:
     """Shows steps as they are done; a context manager around the loop."""
 
@@ -53,8 +65,8 @@ class Training:
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[shown]}"),
+            *([BarColumn(bar_width=16)] if console.width >= 100 else []),
+            _Figures("{task.fields[shown]}", table_column=Column()),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -87,16 +99,19 @@ class Training:
         if "loss" in numbers:
             self._validation = f"  {name} {numbers['loss']:.4f}"
         if numbers:
-            say(f"step {step}  {name}: " + "  ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
+            shown = (f"{key.replace('_', ' ')} {value:.4f}" for key, value in numbers.items())
+            say(f"step {step}  {name}: " + "  ".join(shown))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table of plain text."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
+    shown = Table(header_style="bold")
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     # A file or a pipe has no width: there a table is as wide as it needs.
     target = console if console.is_terminal else Console(file=console.file, width=WIDE, highlight=False)
+    # As a line of its own: the title of a Table wraps at its width.
+    target.print(title, style="table.title", markup=False, soft_wrap=True)
     target.print(shown, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import torch
 from rich.progress import Progress
 
 from lattice import registry
-from lattice.console import errors, say, table
+from lattice.console import errors, plural, say, table
 from lattice.generate import Sampling, stream
 from lattice.model import LanguageModel
 from lattice.options import to_table
@@ -28,7 +29,7 @@ from lattice.toml_source import Path_
 def show_summary(summary: dict[str, Any], folder: Path) -> None:
     """The end of a run: figures, texts, where it lies and what to try next."""
     rows = [
-        [name.replace("_", " "), _number(value)]
+        [name.replace("_mib", ", MiB").replace("_", " "), _number(value)]
         for name, value in summary.items()
         if isinstance(value, int | float)
     ]
@@ -36,11 +37,12 @@ def show_summary(summary: dict[str, Any], folder: Path) -> None:
     for name, text in summary.items():
         if isinstance(text, str):
             say(f"\n{name.replace('_', ' ')}:\n{text}")
+    quoted = shlex.quote(str(folder))
     trust = " --trust-imports" if read_table(folder).get("imports") else ""
     say(
         f"\nThe run is in '{folder}': metrics.jsonl, tensorboard/, checkpoints/, summary.json. Next:\n"
-        f'  lattice generate {folder} --prompt "def "{trust}\n'
-        f"  tensorboard --logdir {folder}/tensorboard\n"
+        f'  lattice generate {quoted} --prompt "def "{trust}\n'
+        f"  tensorboard --logdir {quoted}/tensorboard\n"
         "  lattice components recurrence"
     )
 
@@ -151,7 +153,7 @@ def stream_text(
     sampling = replace(sampling, vocab_size=codec.vocab_size)
     ids_BL = torch.tensor([ids], device=device)
     following = stream(model, ids_BL, max_new_tokens, sampling=sampling, parallel_prefill=parallel_prefill)
-    show_prefill(model, f"prompt of {len(ids)} tokens", parallel=parallel_prefill)
+    show_prefill(model, f"prompt of {plural(len(ids), 'token')}", parallel=parallel_prefill)
     row = Continuation(codec, ids, stop)
     sys.stdout.write(prompt)
     for next_id in following:
@@ -175,7 +177,7 @@ def write_completions(
     """As jsonl with the settings they came from, each line on disk as soon as its batch is done, with a
     progress bar; or to stdout."""
     finished = len(prompts) - len(left)
-    show_prefill(model, f"{len(left)} prompts, {finished} done before", parallel=parallel)
+    show_prefill(model, f"{plural(len(left), 'prompt')}, {finished} done before", parallel=parallel)
     with ExitStack() as stack:
         file = stack.enter_context(out.open("a", encoding="utf-8")) if out else sys.stdout
         bar = stack.enter_context(Progress(console=errors, disable=out is None or not errors.is_terminal))

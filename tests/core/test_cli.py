@@ -9,6 +9,7 @@ import sys
 import pytest
 import tomli
 import torch
+from rich.console import Console
 
 import lattice
 from lattice import cli, console
@@ -152,6 +153,11 @@ def test_components_of_a_role_with_their_options(call, wide):
     assert "perplexity" not in out
 
 
+def test_a_description_of_two_lines_is_shown_to_its_end(call, wide):
+    _, out, _ = call("components", "activation_checkpoint")
+    assert "cheap." in out
+
+
 def test_components_of_all_roles(call, wide):
     code, out, _ = call("components")
     assert code == 0
@@ -178,7 +184,7 @@ def test_run_prints_plain_lines_and_a_summary(call, tmp_path):
     assert "lattice generate runs/tiny" in out
     summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
     for key in ("first_loss", "last_loss", "validation_loss", "validation_bits_per_byte", "peak_memory_mib"):
-        assert key.replace("_", " ") in out
+        assert key.replace("_mib", ", MiB").replace("_", " ") in out
         assert key in summary
     code, out, _ = call("run", "tiny.toml", "--set", "run.steps=7")
     assert code == 0
@@ -341,6 +347,32 @@ def test_what_to_try_next_works_with_code_of_ones_own(imports, tmp_path, capsys)
     assert (
         f'lattice generate {tmp_path} --prompt "def " --trust-imports\n' in capsys.readouterr().out
     ) == imports
+
+
+def test_commands_and_titles_hold_a_path_as_it_is(call, tmp_path, capsys):
+    folder = tmp_path / ("a long path " * 10)
+    folder.mkdir()
+    (folder / "recipe.toml").touch()
+    show_summary({"steps": 3}, folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(folder)
+    assert f"  tensorboard --logdir '{folder}'/tensorboard" in lines
+    assert "  lattice check 'my ideas/mine.py'" in call("new", "recurrence", "mine", "--dir", "my ideas")[1]
+
+
+@pytest.mark.parametrize("figures", [3.25, 123456.789])
+def test_training_shows_its_times_on_80_columns(figures, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, width=80, force_terminal=True, color_system=None, legacy_windows=False)
+    monkeypatch.setattr(console, "console", terminal)
+    with console.Training(0, 100_000, 1) as training:
+        training.evaluation("validation", 99_999, {"loss": figures})
+        training.step({"step": 100_000, "loss": figures, "tokens_per_second": 1e6, "lr": 1e-3})
+    *_, last = (line for line in screen.getvalue().splitlines() if "/100000" in line)
+    assert re.search(r"loss 3.25\d\d|loss 123456", last)
+    assert re.search(r"\d:\d\d:\d\d left \d:\d\d:\d\d", last)
+    assert "\n" not in last
+    assert len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).strip("\r")) <= 80
 
 
 @pytest.mark.parametrize(
