@@ -113,6 +113,10 @@ def _recurrences(target: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
             raise ValueError(
                 f'{target} registers no recurrence: put @register("recurrence", NAME) above a class'
             )
+    elif not target.isidentifier():
+        raise ValueError(
+            f"'{target}': must be a .py file that registers recurrences, or a kind of recurrence"
+        )
     else:
         registry.lookup("recurrence", target)
     # An option may be called as it is in a recipe.

@@ -82,12 +82,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _download(self) -> Path:
         help_ = (
-            f"put its {MODEL} (and {CONFIG}, if it has one) on this machine and set tokenizer.name to the "
-            "path of the file or its folder"
+            f"put its {MODEL} (and {CONFIG}, if it has one) on this machine and name the file or its "
+            "folder instead: tokenizer.name in a recipe, --tokenizer of `lattice prepare`"
         )
         if not HUB_NAME.fullmatch(self.name):
             raise FileNotFoundError(
-                f"name = {self.name!r}: no {MODEL} there, and it is no name on the hub; {help_}"
+                f"tokenizer {self.name!r}: no {MODEL} there, and it is no name on the hub; {help_}"
             )
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError
@@ -100,8 +100,8 @@ class HuggingFaceTokenizer(Tokenizer):
             error = unreachable or failure
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FileNotFoundError(
-                f"name = {self.name!r}: no such file here, and {MODEL} cannot be had from the Hugging Face "
-                f"hub ({type(error).__name__}: {reason}); {help_}"
+                f"tokenizer {self.name!r}: no such file here, and {MODEL} cannot be had from the Hugging "
+                f"Face hub ({type(error).__name__}: {reason}); {help_}"
             ) from error
         with contextlib.suppress(EntryNotFoundError):  # many tokenizers have none; it lands beside the model
             huggingface_hub.hf_hub_download(self.name, CONFIG, local_files_only=cached_only)

@@ -152,7 +152,7 @@ def test_huggingface_offline_says_how_to_provide_it(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"name = 'owner/name'.*tokenizer.name"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer 'owner/name'.*tokenizer.name.*--tokenizer"):
         HuggingFaceTokenizer(name="owner/name").build(None)
     with pytest.raises(FileNotFoundError, match="no name on the hub"):
         HuggingFaceTokenizer(name="a/b/c").build(None)
