@@ -151,6 +151,12 @@ class Workload:
         self.model.eval()
         if self.options.mode == "eval":
             return self._evaluate
+        tokens, context = self.length + self.options.new_tokens + 1, self.model.shape.context
+        if tokens > context:
+            raise ValueError(
+                f"new_tokens = {self.options.new_tokens}: with a prompt of length = {self.length} and one "
+                f"that is not timed these are {tokens} tokens; must be at most the context, {context}"
+            )
         return self._decode
 
     def _train(self, clock: Clock) -> None:

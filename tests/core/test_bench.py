@@ -182,6 +182,7 @@ def test_command(tmp_path, capsys):
         (["--mode", "training"], "--mode"),
         (["--solver", "newton"], "recurrence.solver"),
         (["--length", "65"], "context"),
+        (["--mode", "decode", "--new-tokens", "1000"], "new_tokens = 1000: with a prompt of length = 32"),
     ],
 )
 def test_bad_input(tmp_path, capsys, arguments, message):
