@@ -27,6 +27,15 @@ def naming(path: Path) -> Iterator[None]:
         raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def make_folder(path: Path) -> None:
+    """A directory and those above it, where they do not exist. Raises CannotWrite that names it."""
+    with naming(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise CannotWrite(f"{path} is no directory") from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes the whole file or leaves the old one; two writers at once do not mix.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice import pictures
+from lattice.atomic import make_folder
 from lattice.bench import Case, Options, bench
 from lattice.console import say, table
 from lattice.recipe import Recipe
@@ -22,7 +23,7 @@ def run_bench(
     """Measures every recipe at every thought count (None: as it is), shows the tables, and writes
     `bench.jsonl`, a line as soon as it is known, and `bench.png` to the folder `out`."""
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     rows: list[Row] = []
     for row in bench(_cases(recipes, thoughts), options):
         rows.append(row)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice import harness, preflight
+from lattice.atomic import make_folder
 from lattice.console import errors, say, table
 from lattice.load import locate, recipe_of, subject_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
@@ -107,7 +108,7 @@ def evaluate(
             results.append(row)
             if not errors.is_terminal:
                 _say(curve, setting, figures)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         _log(recipe, folder / "evaluation" / (_named(shown) or "as_trained"), subject.step, values)
@@ -152,7 +153,7 @@ def _figures(
         for task, samples in results.samples.items():
             assert wanted.samples is not None
             file = wanted.samples / f"{'_'.join(filter(None, (task, setting, given)))}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             lines = [json.dumps(sample, default=str) for sample in samples]
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         for task, figures in results.figures.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lattice.atomic import PARTIAL, naming, write_json
+from lattice.atomic import PARTIAL, make_folder, write_json
 from lattice.console import plural
 from lattice.protocols import Codec
 from lattice.shard_writer import INDEX_BYTES, JOURNAL, MANIFEST, checksum, manifest, token_dtype
@@ -183,8 +183,7 @@ def opened(folder: Path, settings: dict[str, Any]) -> Iterator[Journal]:
     """
     from filelock import FileLock, Timeout
 
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _refuse_foreign(folder)  # before the lock is a file in it
     lock = FileLock(folder / LOCK)
     try:

@@ -56,8 +56,8 @@ class RunExists(ValueError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the directory for one process; the lock goes with the process. Raises RunExists."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Holds the directory for one process; the lock goes with the process. Raises RunExists, CannotWrite."""
+    atomic.make_folder(folder)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

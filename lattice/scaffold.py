@@ -7,6 +7,7 @@ import keyword
 from pathlib import Path
 
 from lattice import registry
+from lattice.atomic import make_folder
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -25,7 +26,7 @@ def write(role: str, name: str, folder: Path) -> tuple[Path, Path]:
     modules, imported = _imports((TEMPLATES / f"{role}.py.txt").read_text(encoding="utf-8"))
     if name in modules:
         raise ValueError(f"name '{name}': {name}.py would hide the module '{name}'; choose another name")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = folder / f"{name}.py", folder / f"{name}.toml"
     for path in paths:
         if path.exists():

@@ -58,7 +58,6 @@ def import_recipe(
     if unscaled:
         recipe = load_recipe(tables, [*overrides, f"recurrence.{SCALE}=1.0"])
     _check(recipe, folder)
-    to.parent.mkdir(parents=True, exist_ok=True)
     write_file(to, _text(recipe, folder, to, extends, unscaled=unscaled).encode())
     return recipe
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from lattice.atomic import write_file, write_json
+from lattice.atomic import make_folder, write_file, write_json
 from lattice.attention_mask import is_causal
 from lattice.hf.directory import CONFIG, MODEL_TYPE, TABLES, own_tensors
 from lattice.model import LanguageModel
@@ -37,7 +37,7 @@ def write_model(
     """See `lattice.save_pretrained`; returns the names of the files of code and the packages that the model
     needs besides this package."""
     names: list[str] = []
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if is_plain(model):
         config = {**model.components["backbone"].to_hf(), "dtype": dtype, "torch_dtype": dtype}

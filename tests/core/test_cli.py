@@ -221,7 +221,7 @@ def test_what_cannot_train_here_is_exit_code_2(call, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = call("run", "tiny.toml", "--out", "file")
     assert code == 2
-    assert "file" in err
+    assert err == "error: file is no directory\n"
 
 
 # ── generate ──────────────────────────────────────────────────────────────────────────────────────
@@ -330,6 +330,7 @@ def test_import_is_a_recipe_that_runs(call, trained, tmp_path):
         ("export", "nowhere", "--to", "hf"),
         ("import", "nowhere", "--to", "new.toml"),
         ("run", "."),
+        ("check", "recipes/tiny.toml"),
     ],
 )
 def test_missing_files_are_named(arguments, call, tmp_path):
