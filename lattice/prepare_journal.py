@@ -86,8 +86,8 @@ class Journal:
         if not self.splits["train"]:
             held_out = sum(shard["documents"] for shard in self.splits["validation"])
             raise ValueError(
-                f"validation_fraction = {self.settings['validation_fraction']}: holds out all that there is, "
-                f"{plural(held_out, 'document')}: give a lower one and another directory, or more documents"
+                f"validation_fraction = {self.settings['validation_fraction']}: holds out all there is "
+                f"({plural(held_out, 'document')}); give a lower one, or more documents, and a new directory"
             )
         result = manifest(
             codec,

@@ -237,5 +237,5 @@ def test_the_command_says_what_lies_there(tmp_path, capsys):
 
 def test_nothing_is_left_for_training(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"validation_fraction = 0\.999.* 1 document: "):
+    with pytest.raises(ValueError, match=r"validation_fraction = 0\.999.* \(1 document\); "):
         run(tmp_path / "out", tmp_path / "a.txt", validation_fraction=0.999)
