@@ -130,6 +130,7 @@ def test_command(capsys, tmp_path, monkeypatch):
     for target, message in [
         ("lop", "did you mean 'loop'?"),
         ("gone.py", "gone.py does not exist"),
+        ("mine.toml", "must be a .py file that registers recurrences, or a kind"),
         ("empty.py", "registers no recurrence"),
     ]:
         Path("empty.py").write_text("")

@@ -186,6 +186,7 @@ def test_run_prints_plain_lines_and_a_summary(call, tmp_path):
     for key in ("first_loss", "last_loss", "validation_loss", "validation_bits_per_byte", "peak_memory_mib"):
         assert key.replace("_mib", ", MiB").replace("_", " ") in out
         assert key in summary
+    assert "bits_per_byte" not in out, "a figure has one name"
     code, out, _ = call("run", "tiny.toml", "--set", "run.steps=7")
     assert code == 0
     assert "has taken all its 7 steps" in out
@@ -254,12 +255,14 @@ class Recorder(io.StringIO):
 
 
 def test_generate_streams(trained, monkeypatch):
-    recorder = Recorder()
+    recorder, errors = Recorder(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", recorder)
+    monkeypatch.setattr(sys, "stderr", errors)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["generate", str(trained), "--prompt", "ab", "--max-new-tokens", "20", "--temperature", "0"])
+        cli.main(["generate", str(trained), "--prompt", "a", "--max-new-tokens", "20", "--temperature", "0"])
     assert not stop.value.code
     monkeypatch.undo()
+    assert errors.getvalue().startswith("prompt of 1 token:")
     lengths = sorted({len(text) for text in recorder.seen})
     assert len(lengths) >= 5, "text comes as it is decoded, not at the end"
     assert all(recorder.getvalue().startswith(text) for text in recorder.seen)
@@ -330,7 +333,6 @@ def test_import_is_a_recipe_that_runs(call, trained, tmp_path):
         ("export", "nowhere", "--to", "hf"),
         ("import", "nowhere", "--to", "new.toml"),
         ("run", "."),
-        ("check", "recipes/tiny.toml"),
     ],
 )
 def test_missing_files_are_named(arguments, call, tmp_path):
