@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lattice.protocols import ROLES, Shape, Unroll
 
@@ -133,6 +133,17 @@ def check_unroll(unroll: Any) -> None:
         if wanted != given:
             said = ", ".join(lacking + unknown) or "has them in another order"
             problems.append(f"'{name}' takes ({', '.join(given)}), not ({', '.join(wanted)}): it {said}")
+    if not isinstance(unroll, nn.Module):  # then nothing gives its tensors a device, or puts them into a file
+        held = [
+            name
+            for name, value in getattr(unroll, "__dict__", {}).items()
+            if isinstance(value, Tensor | nn.Module)
+        ]
+        problems += [
+            f"'{name}' needs a module to hold it: inherit torch.nn.Module before Unroll, with `forward` for "
+            "`__call__`, and give constants to register_buffer; or compute it in the call"
+            for name in held
+        ]
     if problems:
         raise TypeError(
             f"{cls.__qualname__} is no Unroll: {'; '.join(problems)} (see lattice.protocols.Unroll)"

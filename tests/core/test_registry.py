@@ -310,6 +310,18 @@ def test_a_variant_that_does_not_fit_is_refused_at_import(tmp_path, number):
     assert kind in registry.kinds("recurrence")
 
 
+@pytest.mark.parametrize("held", ["torch.ones(2)", "torch.nn.Linear(2, 2)"])
+def test_what_is_no_module_holds_no_tensors(tmp_path, held):
+    path = write_variant(tmp_path, "holding")
+    text = path.read_text().replace("MineUnroll()", f"MineUnroll({held})")
+    init = "class MineUnroll(Unroll):\n    def __init__(self, held):\n        self.held = held\n"
+    path.write_text("import torch\n" + text.replace("class MineUnroll(Unroll):", init))
+    with pytest.raises(
+        ImportError, match=r"MineUnroll is no Unroll: 'held' needs a module .*register_buffer"
+    ):
+        registry.import_user_code(str(path), tmp_path)
+
+
 def test_what_could_not_be_built_at_import_is_looked_at_in_the_model(tmp_path):
     path = write_variant(tmp_path, "late", CALL="stack, ids_BL", DECORATOR="size: int")
     registry.import_user_code(str(path), tmp_path)
