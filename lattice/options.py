@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from lattice import registry
 from lattice.toml_source import Origin, Path_, Source
@@ -46,6 +47,14 @@ def build(cls: type, path: Path_, source: Source, problems: list[str]) -> Any:
         cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
     try:
         return TypeAdapter(cls).validate_json(json.dumps(table, default=_refuse))
+    except PydanticSchemaGenerationError:
+        place = source.origins.get((*path, "kind")) or source.origins.get(path) or ".".join(path)
+        problems += [
+            f"{place}: {'.'.join((*path, name))}: an option of {cls.__qualname__} cannot be of type {hint}; "
+            "must be bool, int, float, str, Literal, or a list, dict or dataclass of these"
+            for name, hint in get_type_hints(cls, include_extras=True).items()
+            if not _has_schema(hint)
+        ]
     except _NoOption as error:
         for key, value in table.items():
             if _holds(value, error.value):
@@ -55,6 +64,13 @@ def build(cls: type, path: Path_, source: Source, problems: list[str]) -> Any:
         found = [_problem(cls, path, source, dict(one)) for one in error.errors(include_url=False)]
         problems += list(dict.fromkeys(found))
     return None
+
+
+def _has_schema(hint: Any) -> bool:
+    with suppress(PydanticSchemaGenerationError):
+        TypeAdapter(hint)
+        return True
+    return False
 
 
 class _NoOption(TypeError):

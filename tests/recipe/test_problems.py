@@ -89,6 +89,28 @@ def test_the_message_for(text, message, problems):
     assert problems(text) == [message]
 
 
+def test_an_option_of_a_type_that_no_recipe_holds(problems, write):
+    write(
+        "typed.py",
+        """
+from dataclasses import dataclass
+import torch
+from lattice import register
+from lattice.components.recurrence.none import NoRecurrence
+
+@register("recurrence", "typed")
+@dataclass(frozen=True, kw_only=True)
+class Typed(NoRecurrence):
+    dtype: torch.dtype | None = None
+""",
+    )
+    (found,) = problems("imports = ['./typed.py']\n[recurrence]\nkind = 'typed'\n")
+    assert found.startswith(
+        "bad.toml:3: recurrence.dtype: an option of Typed cannot be of type torch.dtype | None"
+    )
+    assert "must be bool, int" in found
+
+
 def test_every_rule_of_the_run_table_names_its_line(problems):
     for line in ("steps = 0", "batch_tokens = -256", "sequence_tokens = 0", "log_every = 0", "seed = -1"):
         key = line.split()[0]
