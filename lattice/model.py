@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lattice.cache import KVCache
 from lattice.draws import Draw
-from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled
+from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled, kind_of
 from lattice.registry import check_unroll
 from lattice.slots import Tokens
 from lattice.split import Split
@@ -95,10 +95,26 @@ class LanguageModel(nn.Module):
             targets = stack.mine(targets)
         if targets is None:
             logits_BLV = stack.logits(unrolled.hidden_BLD)
-            return Output(logits_BLV, telemetry=unrolled.telemetry, passes=stack.passes)
+            return Output(logits_BLV, telemetry=self._telemetry(unrolled), passes=stack.passes)
         hidden_ND = unrolled.hidden_BLD.flatten(0, 1)
         loss_sum, count = self.loss.total(hidden_ND, self.decoder.head, targets.flatten())
-        return Output(loss_sum=loss_sum, count=count, telemetry=unrolled.telemetry, passes=stack.passes)
+        return Output(
+            loss_sum=loss_sum, count=count, telemetry=self._telemetry(unrolled), passes=stack.passes
+        )
+
+    def _telemetry(self, unrolled: Unrolled) -> dict[str, Tensor]:
+        """In float32, detached. Raises TypeError for what is no number and no vector of them."""
+        found = {}
+        for name, value in unrolled.telemetry.items():
+            tensor = torch.tensor(value) if isinstance(value, int | float) else value
+            if not isinstance(tensor, Tensor) or tensor.dim() > 1 or tensor.is_complex():
+                shape = f" of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else ""
+                raise TypeError(
+                    f"recurrence '{kind_of(self.recurrence)}': telemetry '{name}' is a {type(value).__name__}"
+                    f"{shape}; must be a real number, or a tensor of one or of a vector"
+                )
+            found[name] = tensor.detach().float()
+        return found
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, branches: Tensor | None = None

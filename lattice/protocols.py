@@ -9,9 +9,10 @@ Shapes: B batch, L tokens, n stages a token, S = L·n slots, D hidden, V vocabul
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from lattice.stack import Stack
 
 T = TypeVar("T")
+
+
+def kind_of(component: Any) -> str:
+    """What a recipe calls it."""
+    return str(getattr(component, "kind", type(component).__name__))
 
 
 # ── recurrence ────────────────────────────────────────────────────────────────────────────────────
@@ -78,8 +84,8 @@ class Unrolled:
     """What a recurrence returns: the hidden states that predict, after the final norm."""
 
     hidden_BLD: Tensor
-    telemetry: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalars or vectors to log, e.g. `residuals`: relative change at each iteration."""
+    telemetry: Mapping[str, Tensor | float] = field(default_factory=dict)
+    """Numbers or vectors to log, e.g. `residuals`: relative change at each iteration."""
 
 
 class Unroll(Protocol):

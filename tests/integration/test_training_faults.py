@@ -84,6 +84,19 @@ def test_telemetry_cannot_take_the_place_of_what_the_run_logs(name, train):
         train("recurrence={kind='test_telemetry', name='" + name + "'}")
 
 
+@pytest.mark.parametrize(("name", "logged"), [("count", 3.0), ("flag", 1.0), ("bits", [1.0, 0.0])])
+def test_telemetry_is_of_numbers_of_any_type(name, logged, train, tmp_path):
+    train("recurrence={kind='test_telemetry', name='" + name + "'}", "run.steps=1")
+    assert rows(tmp_path / "run")[0][name] == logged
+
+
+def test_telemetry_that_is_no_number_is_named(train):
+    with pytest.raises(
+        TypeError, match="'test_telemetry': telemetry 'list' is a list; must be a real number"
+    ):
+        train("recurrence={kind='test_telemetry', name='list'}")
+
+
 def test_an_evaluator_cannot_be_named_as_the_training_loss_is(train):
     with pytest.raises(ValueError, match=r"\[evaluators.last\]: 'last_loss' is the training's"):
         train("evaluators.last.kind=perplexity")

@@ -74,7 +74,7 @@ class Failing(Evaluator):
 @register("recurrence", "test_telemetry")
 @dataclass(frozen=True, kw_only=True)
 class Logging(NoRecurrence):
-    """The plain model, logging a number under a name."""
+    """The plain model, logging something under a name, which says what."""
 
     name: str
 
@@ -90,7 +90,8 @@ class PassWithOptions(OnePass):
 class LoggingPass(PassWithOptions):
     def __call__(self, stack, ids_BL, *, draw=None, cache=None):
         hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
-        return Unrolled(hidden, {self.options.name: torch.tensor(1.0)})
+        values = {"count": 3, "flag": True, "bits": torch.tensor([True, False]), "list": [1.0]}
+        return Unrolled(hidden, {self.options.name: values.get(self.options.name, torch.tensor(1.0))})
 
 
 @register("recurrence", "test_not_finite")
