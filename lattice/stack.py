@@ -134,6 +134,8 @@ class Stack:
         values. With a `cache` the slots also attend to what it holds, as far as the mask lets them, and their
         keys and values are written to it, in place of those that the same slots had there.
         """
+        if not isinstance(read, slice):
+            raise TypeError(f"read = {read!r}: must be a slice of the stages, such as slice(-1, None)")
         self.passes += 1
         stages = sum(_stages(part) for part in slots)
         segment = self.segment(stages, first_stage)
