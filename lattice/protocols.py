@@ -155,8 +155,32 @@ class Recurrence(Protocol):
     def with_thoughts(self, count: int) -> Recurrence:
         """The same recurrence, thinking `count` times before each token: what the option is called differs.
         Raises ValueError where there is no such count, or not this one."""
-        name = getattr(self, "kind", type(self).__name__)
-        raise ValueError(f"recurrence '{name}' cannot be given another number of thoughts")
+        raise ValueError(
+            f"thoughts = {count}: recurrence '{kind_of(self)}' cannot be given another number of thoughts: "
+            "it has no method `with_thoughts(count)`"
+        )
+
+    def with_iterations(self, count: int) -> Recurrence:
+        """The same recurrence with `count` iterations at evaluation: if its parallel evaluation is not exact,
+        as many as a text has slots bring it to the definition.
+
+        As it stands: for options that are tables with a count `eval`, each of which becomes `count`.
+        Raises ValueError where there is no such count, or not this one.
+        """
+        component: Any = self
+        values = {option.name: getattr(self, option.name) for option in dataclasses.fields(component)}
+        counts: dict[str, Any] = {
+            name: dataclasses.replace(value, eval=count)  # type: ignore[type-var]
+            for name, value in values.items()
+            if dataclasses.is_dataclass(value) and hasattr(value, "eval")
+        }
+        if not counts:
+            raise ValueError(
+                f"iterations = {count}: recurrence '{kind_of(self)}' does not iterate: it has no method "
+                "`with_iterations(count)`, and no option that is a table with a count `eval`"
+            )
+        iterated: Recurrence = dataclasses.replace(component, **counts)
+        return iterated
 
     @abstractmethod
     def build(self, shape: Shape) -> Unroll:

@@ -34,17 +34,10 @@ def _as_evaluated(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_iterations(recipe: Recipe, count: int) -> Recipe:
-    """The same recipe with `count` iterations of its recurrence at evaluation. Raises ValueError for one that
-    does not iterate."""
-    table = recipe.table()["recurrence"]
-    iterated = [
-        value for value in table.values() if isinstance(value, dict) and {"train", "eval"} <= value.keys()
-    ]
-    if not iterated:
-        raise ValueError(f"iterations = {count}: recurrence '{table['kind']}' does not iterate")
-    for value in iterated:
-        value["eval"] = count
-    return load_recipe({**recipe.table(), "recurrence": table})
+    """The same recipe with `count` iterations of its recurrence at evaluation. Raises ValueError for a count
+    that the recurrence cannot have."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    return load_recipe({**recipe.table(), "recurrence": to_table(recurrence.with_iterations(count))})
 
 
 def counted(recipe: Recipe, thoughts: int | None, iterations: int | None) -> Recipe:

@@ -164,10 +164,11 @@ class ToleratedLeak(FutureLeak):
 
 
 class Drawn(Again):
-    """Notes whether this is a training step."""
+    """Notes whether this is a training step, and whether a late one."""
 
     def forward(self, stack, ids_BL, *, draw=None, cache=None):
         self.drawn = draw is not None
+        self.late = self.drawn and draw.step > 1000
         return super().forward(stack, ids_BL, draw=draw, cache=cache)
 
 
@@ -187,3 +188,113 @@ class DrawnRowsMixed(Drawn):
 class DrawnCarriedState(Drawn):
     def between(self, hidden_BL1D):
         return hidden_BL1D.cumsum(dim=1) if self.drawn else hidden_BL1D
+
+
+@kind("chunk_leak")
+class ChunkLeak(Again):
+    """Of whole chunks of eight tokens alone."""
+
+    def between(self, hidden_BL1D):
+        chunks = hidden_BL1D[:, : hidden_BL1D.shape[1] // 8 * 8].unflatten(1, (-1, 8))
+        means_BL1D = chunks.mean(dim=2, keepdim=True).expand_as(chunks).flatten(1, 2)
+        return torch.cat([means_BL1D, hidden_BL1D[:, means_BL1D.shape[1] :]], dim=1)
+
+
+@kind("late_leak")
+class LateLeak(Drawn):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D.roll(-1, 1) if self.late else hidden_BL1D
+
+
+@kind("late_carried_state")
+class LateCarriedState(Drawn):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D.cumsum(dim=1) if self.late else hidden_BL1D
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnsaidSweeps(Recurrence):
+    """Right, but nothing says how to iterate further: one thought, found by sweeps over all tokens."""
+
+    sweeps: int = 2
+    slots = 2
+    parallel_is_exact = False
+
+    def passes(self, shape, *, training):
+        return [Pass(), Pass(stages=2, times=self.sweeps - 1), Pass(stages=2, read=1)]
+
+    def decode_passes(self, shape):
+        return [Pass(keys=2), Pass(keys=2)]
+
+    def build(self, shape):
+        return type(self).unroll(self.sweeps)
+
+
+@kind("unsaid_sweeps", UnsaidSweeps)
+class Sweeping(Unroll):
+    scale = 1
+
+    def __init__(self, sweeps):
+        self.sweeps = sweeps
+
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        token_BL1D = stack.embed(ids_BL).unsqueeze(2)
+        thought_BL1D = stack.run(token_BL1D)
+        for _ in range(self.sweeps - 1):
+            thought_BL1D = stack.run(token_BL1D, thought_BL1D)[:, :, :1]
+        hidden_BL1D = stack.run(token_BL1D, thought_BL1D, read=slice(-1, None), cache=cache)
+        return Unrolled(hidden_BL1D.squeeze(2))
+
+    def step(self, stack, ids_B1, cache):
+        thought_B11D = self.scale * stack.run(stack.embed(ids_B1).unsqueeze(2), cache=cache)
+        return stack.run(thought_B11D, first_stage=1, cache=cache).squeeze(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweeps(UnsaidSweeps):
+    def with_iterations(self, count):
+        return replace(self, sweeps=count)
+
+
+kind("sweeps", Sweeps)(Sweeping)
+
+
+@kind("wrong_sweeps", Sweeps)
+class WrongSweeping(Sweeping):
+    scale = 2
+
+
+@kind("no_gradients")
+class NoGradients(Again):
+    """Of the first pass, which is not declared."""
+
+    def between(self, hidden_BL1D):
+        return hidden_BL1D.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndeclaredStep(TwoPasses):
+    def decode_passes(self, shape):
+        return [Pass()]
+
+
+kind("undeclared_step", UndeclaredStep)(Again)
+
+
+@kind("uncached")
+class Uncached(Again):
+    def keys(self, cache, index):
+        return None
+
+
+@kind("read_one")
+class ReadOne(Again):
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        return Unrolled(stack.run(stack.embed(ids_BL).unsqueeze(2), read=-1, cache=cache).squeeze(2))
+
+
+@kind("logged_matrix")
+class LoggedMatrix(Again):
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        unrolled = super().forward(stack, ids_BL, draw=draw, cache=cache)
+        return unrolled if draw is None else replace(unrolled, telemetry={"gate": torch.eye(2)})

@@ -7,6 +7,7 @@ import pytest
 import lattice
 from lattice import cli, registry, scaffold
 from lattice.testing import BACKBONES, assert_conforms, check_recurrence
+from lattice.thought_counts import with_iterations
 from tests.built_in import built_in
 
 TABLES = [
@@ -43,7 +44,24 @@ BROKEN = {
     "drawn_future_leak": "causality",
     "drawn_rows_mixed": "batch and padding",
     "drawn_carried_state": "documents",
+    "chunk_leak": "causality",
+    "late_leak": "causality",
+    "late_carried_state": "documents",
+    "wrong_sweeps": "parallel and sequential",
+    "unsaid_sweeps": "parallel and sequential",
+    "no_gradients": "cost",
+    "undeclared_step": "cost",
+    "logged_matrix": "shapes",
 }
+ALONE = (
+    "undeclared_pass",
+    "idle_parameter",
+    "hidden_weight",
+    "stop_at_once",
+    "no_gradients",
+    "undeclared_step",
+)
+"""Of the broken ones those with which nothing else is wrong."""
 registry.import_user_code("broken_variants.py", Path(__file__).parent)
 
 
@@ -59,17 +77,44 @@ def test_every_built_in_kind_is_here():
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_variants_are_caught(kind):
-    failed = {result.check: result for result in check_recurrence({"kind": kind}) if not result.held}
-    assert BROKEN[kind] in failed
-    assert kind != "carried_state" or "branches" in failed
-    assert not failed[BROKEN[kind]].counterexample.startswith("raises")
-    # Nothing else is wrong with these.
-    if kind in ("undeclared_pass", "idle_parameter", "hidden_weight", "stop_at_once"):
-        assert set(failed) == {BROKEN[kind]}
+    expected = {BROKEN[kind]} | ({"branches"} if kind == "carried_state" else set())
+    results = check_recurrence({"kind": kind}, checks=None if kind in ALONE else sorted(expected))
+    failed = {result.check: result for result in results if not result.held}
+    assert set(failed) == expected
+    raises = failed[BROKEN[kind]].counterexample.startswith("raises")
+    assert raises == (kind in ("unsaid_sweeps", "logged_matrix"))
 
 
 def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "right"})
+    assert_conforms({"kind": "sweeps"}, check="parallel and sequential")
+    assert_conforms({"kind": "sweeps"}, check="cost")
+
+
+def test_a_recurrence_says_what_its_iterations_are():
+    tables = {"backbone": BACKBONES["llama"], "recurrence": {"kind": "sweeps"}}
+    recipe = with_iterations(lattice.load_recipe(tables), 5)
+    assert recipe.component("recurrence").sweeps == 5
+    with pytest.raises(
+        ValueError, match=r"iterations = 5: recurrence 'loop' does not iterate: it has no method"
+    ):
+        with_iterations(lattice.load_recipe({**tables, "recurrence": {"kind": "loop"}}), 5)
+
+
+def test_what_is_missing_is_said():
+    (result,) = check_recurrence(
+        {"kind": "unsaid_sweeps"}, checks=["parallel and sequential"], backbones=["llama"]
+    )
+    assert "recurrence 'unsaid_sweeps' does not iterate" in result.counterexample
+    assert "it has no method `with_iterations(count)`" in result.counterexample
+    (result,) = check_recurrence({"kind": "uncached"}, checks=["cost"], backbones=["llama"])
+    assert result.counterexample == "the cache that stack.run is given takes 0 slots a token, declared are 1"
+    (result,) = check_recurrence({"kind": "read_one"}, checks=["shapes"], backbones=["llama"])
+    assert result.counterexample == (
+        "raises TypeError: read = -1: must be a slice of the stages, such as slice(-1, None)"
+    )
+    (result,) = check_recurrence({"kind": "logged_matrix"}, checks=["shapes"], backbones=["llama"])
+    assert "recurrence 'logged_matrix': telemetry 'gate' is a Tensor of shape (2, 2)" in result.counterexample
 
 
 def test_the_counterexample_is_the_smallest():
@@ -144,7 +189,7 @@ def test_new_writes_what_conforms_and_trains(capsys, tmp_path, monkeypatch):
     code, out, _ = run(capsys, "new", "recurrence", "fresh_idea")
     assert code == 0
     assert "lattice check fresh_idea.py" in out
-    assert len(Path("fresh_idea.py").read_text().splitlines()) < 40
+    assert len(Path("fresh_idea.py").read_text().splitlines()) < 45
     code, out, _ = run(capsys, "check", "fresh_idea.py")
     assert (code, "all checks hold" in out) == (0, True)
     summary = lattice.train(

@@ -6,7 +6,8 @@ Shapes: B batch, L tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from lattice.build import build_model
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import Recurrence
-from lattice.recipe import load_recipe
+from lattice.recipe import Recipe, load_recipe
 
-VOCABULARY, CONTEXT, LAYERS = 32, 64, 4
+VOCABULARY, CONTEXT, LAYERS = 32, 32, 4
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -30,6 +31,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 2, "rotary_pct": 0.5, **SIZES},
     "llama": {"kind": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, **SIZES},
 }
+BATCHES = ((1, 1), (1, 2), (1, 3), (2, 4), (1, CONTEXT))
+"""(B, L), small ones first, so that the first counterexample is the smallest; the last fills the context."""
 EXACT = 1e-8
 """Largest difference of logits, in float64, that is rounding."""
 
@@ -41,14 +44,16 @@ class Subject:
         self.backbone = backbone
         self.component: Recurrence = load_recipe({"recurrence": dict(recurrence)}).component("recurrence")
 
-    def model(self, component: Recurrence | None = None, *, seed: int = 5, **tables: Any) -> LanguageModel:
-        """In float64, every parameter moved by noise."""
+    def recipe(self, component: Recurrence | None = None, **tables: Any) -> Recipe:
         component = component or self.component
         table = {"backbone": BACKBONES[self.backbone], "recurrence": to_table(component), **tables}
-        recipe = load_recipe({**table, "run": {"seed": seed}})
+        recipe = load_recipe(table)
         # A table cannot say None, which an option may be other than by default.
-        recipe = dataclasses.replace(recipe, components={**recipe.components, "recurrence": component})
-        model = build_model(recipe).double().eval()
+        return dataclasses.replace(recipe, components={**recipe.components, "recurrence": component})
+
+    def model(self, component: Recurrence | None = None, *, seed: int = 5, **tables: Any) -> LanguageModel:
+        """In float64, every parameter moved by noise."""
+        model = build_model(self.recipe(component, run={"seed": seed}, **tables)).double().eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -57,11 +62,13 @@ class Subject:
 
     def ids(self, rows: int, length: int, seed: int = 0) -> Tensor:
         """Random tokens (B, L), none of those that the recurrence reserves."""
-        model_shape = load_recipe({"backbone": BACKBONES[self.backbone]}).component("backbone").shape
-        reserved = self.component.reserved_ids(model_shape)
-        free = torch.tensor([token for token in range(VOCABULARY) if token not in reserved])
         generator = torch.Generator().manual_seed(seed)
-        return free[torch.randint(len(free), (rows, length), generator=generator)]
+        return self._free[torch.randint(len(self._free), (rows, length), generator=generator)]
+
+    @cached_property
+    def _free(self) -> Tensor:
+        reserved = self.component.reserved_ids(self.recipe().component("backbone").shape)
+        return torch.tensor([token for token in range(VOCABULARY) if token not in reserved])
 
     @property
     def tolerance(self) -> float | None:
@@ -78,24 +85,16 @@ class Subject:
         off: dict[str, Any] = {"tolerance": None}
         return dataclasses.replace(self.component, **off)  # type: ignore[type-var]
 
-    def converged(self, length: int) -> Recurrence | None:
+    def converged(self, length: int) -> Recurrence:
         """The same recurrence, without early stopping, whose parallel evaluation is exact: by its own word,
-        or with iterations enough for `length` tokens; None if it has no such option: one that is a table with
-        a count `eval`."""
-        component: Any = self.without_stop
+        or with iterations enough for `length` tokens. Raises ValueError where neither is so."""
+        component = self.without_stop
         if component.parallel_is_exact:
-            return self.without_stop
-        enough: dict[str, Any] = {}
-        for option in dataclasses.fields(component):
-            value: Any = getattr(component, option.name)
-            count = getattr(value, "eval", None)
-            if dataclasses.is_dataclass(value) and isinstance(count, int):
-                count = max(count, component.slots * length)
-                enough[option.name] = dataclasses.replace(value, eval=count)  # type: ignore[type-var]
-        if not enough:
-            return None
-        replaced: Recurrence = dataclasses.replace(component, **enough)
-        return replaced
+            return component
+        try:
+            return component.with_iterations(component.slots * length)
+        except ValueError as error:
+            raise ValueError(f"parallel_is_exact is False, and nothing can be compared: {error}") from error
 
 
 def stepwise(model: LanguageModel, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
@@ -118,8 +117,3 @@ def padded(lengths: list[int], *, left: bool) -> Tensor:
     longest = max(lengths)
     rows = [[0] * (longest - n) + [1] * n if left else [1] * n + [0] * (longest - n) for n in lengths]
     return torch.tensor(rows)
-
-
-def small_shapes() -> Iterator[tuple[int, int]]:
-    """(B, L), small ones first, so that the first counterexample is the smallest."""
-    yield from ((1, 1), (1, 2), (1, 3), (2, 4), (2, 6))
