@@ -1,5 +1,6 @@
 """Runs that are interrupted, by signals or worse, and go on as if nothing had been."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from lattice import run_folder
+from lattice.interrupts import StopRequest
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
 
 
@@ -46,6 +48,25 @@ def test_signal_handlers_are_put_back(train):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(*stop_at(2))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_forked_child_dies_of_sigterm():
+    """As the workers of a pool must, which ends them so and waits for them; however early it comes."""
+    with StopRequest() as outer, StopRequest() as inner:
+        handler = signal.getsignal(signal.SIGTERM)
+        for delay in (0.0, 0.3):
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            time.sleep(delay)
+            child.terminate()
+            child.join(10)
+            left, code = child.is_alive(), child.exitcode
+            child.kill()
+            assert not left
+            assert code == -signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == handler
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (outer.received, inner.received) == (None, "SIGTERM")
 
 
 def wait_for_step_2(process):
