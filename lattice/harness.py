@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from lattice.prepare_eval import PACKAGE, TASKS
 from lattice.protocols import EvaluationSubject
@@ -74,9 +78,9 @@ def run_tasks(
 
     from lattice.lm_eval_model import LatticeLM
 
-    # The seeds of lm-eval are the process's: a training run that evaluates must go on drawing as it did.
-    seeds = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
-    with _data_of(names, local):
+    # lm-eval's bootstrap would fork a process per core for what, with RESAMPLED, one of them computes.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with _data_of(names, local), _undisturbed():
         found = lm_eval.simple_evaluate(
             model=LatticeLM(subject, batch_size=batch),
             tasks=names,
@@ -85,7 +89,6 @@ def run_tasks(
             log_samples=samples,
             bootstrap_iters=RESAMPLED,
             task_manager=manager,
-            **seeds,
         )
     # lm-eval itself gives them on the first process alone.
     shared = subject.world.from_first(
@@ -106,7 +109,7 @@ def check_tasks(tasks: str | Sequence[str], *, include: str | Path | None = None
     names, local, manager = _named(tasks, include)
     from lm_eval.tasks import get_task_dict
 
-    with _data_of(names, local):
+    with _data_of(names, local), _undisturbed():
         get_task_dict(names, manager)
 
 
@@ -135,6 +138,24 @@ def _data_of(names: Sequence[str], local: set[str]) -> Iterator[None]:
         if not _unreachable(error):
             raise
         raise ValueError(_missing(names, local, error)) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within, the global generators start from lm-eval's seeds: a task that draws is the same on all ranks,
+    and when it is checked. A training run that evaluates goes on drawing as it did."""
+    python, numpy = random.getstate(), np.random.get_state()
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if initialized else ()
+    try:
+        with torch.random.fork_rng(devices):
+            random.seed(0)
+            np.random.seed(1234)
+            torch.manual_seed(1234)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @functools.cache

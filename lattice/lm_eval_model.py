@@ -7,6 +7,7 @@ The only file that imports lm-eval. Shapes: B rows, L tokens, N scored tokens, V
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,6 +107,7 @@ class LatticeLM(TemplateLM):
         recurrence lets them; those with the same input always do. Rows of like length share a batch, the
         longest first.
         """
+        self._agree(requests)
         for texts, context, scored in requests:
             if not scored:
                 asked = texts[0] if texts else f"{len(context)} tokens"
@@ -144,6 +146,14 @@ class LatticeLM(TemplateLM):
             room -= len(row.texts)
         return batches
 
+    def _agree(self, requests: Iterable[Any]) -> None:
+        """Answers to other questions than rank 0 asks, which a task's data may make, are never joined."""
+        digest = hashlib.sha256()
+        for request in requests:
+            digest.update(repr(request).encode())
+        what = "what the tasks ask, with the data in this host's cache (HF_DATASETS_CACHE),"
+        self.subject.world.agree(what, digest.hexdigest())
+
     def _of_all(self, answers: list[T], mine: dict[int, T]) -> list[T]:
         """With several ranks each answers its share, and all get all: lm-eval sees one process."""
         for found in self.subject.world.all(list(mine.items())):
@@ -175,6 +185,7 @@ class LatticeLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Requests with the same settings are decoded together, short prompts first."""
+        self._agree(request.args for request in requests)
         texts: list[str] = [""] * len(requests)
         world, mine = self.subject.world, dict[int, str]()
         hidden = disable_tqdm or not errors.is_terminal

@@ -1,8 +1,10 @@
 """lm-eval in process: against lm-eval's own Hugging Face model, and in batches as alone."""
 
 import json
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from lattice.lm_eval_model import LatticeLM, _Generation
 from lattice.lm_eval_model import main as lm_eval_main
 from lattice.load import load_subject
 from lattice.run_folder import training_curve
+from lattice.world import World
 from tests.evaluation.small_runs import RECIPE, train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
@@ -23,6 +26,16 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip instal
 def responses(found):
     """Every answer of every item, flat."""
     return [answer for samples in found["samples"].values() for item in samples for answer in item["resps"]]
+
+
+def instance(kind, *arguments):
+    return lm_eval.api.instance.Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def write_task(path, like, **changes):
+    """A task file like another."""
+    task = json.loads(like.read_text()) | {"task": path.stem, **changes}
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items()))
 
 
 def test_the_same_as_the_hugging_face_model(runs, tasks, tmp_path):
@@ -175,6 +188,73 @@ def test_tasks_while_training(tasks, tmp_path):
         assert [row["step"] for row in rows if f"downstream/choices/{shots}shot/acc" in row] == [2, 4]
     quiet = train(tmp_path / "quiet")
     assert training_curve(folder) == training_curve(quiet)  # evaluating leaves the training alone
+
+
+def test_a_task_that_draws_is_always_the_same_and_disturbs_no_generator(runs, tasks, tmp_path):
+    """As gpqa, which shuffles its answers."""
+    import datasets
+
+    (tmp_path / "utils.py").write_text(
+        "import random\nimport numpy\nimport torch\n\ndef process_docs(dataset):\n    def drawn(doc):\n"
+        "        number = f'{random.random()} {numpy.random.rand()} {float(torch.rand(1))}'\n"
+        "        return {**doc, 'q': number}\n    return dataset.map(drawn)\n"
+    )
+    write_task(tmp_path / "drawn.yaml", tasks / "choices.yaml")
+    with (tmp_path / "drawn.yaml").open("a") as file:
+        file.write("process_docs: !function utils.process_docs\n")
+
+    def draws():
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    subject = load_subject(runs["plain"], device="cpu")
+    asked, datasets_cached = [], datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        for seed in (1, 2):
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            expected = draws()
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            harness.check_tasks("drawn", include=tmp_path)
+            found = harness.run_tasks(subject, "drawn", include=tmp_path, samples=True)
+            asked.append([sample["doc"]["q"] for sample in found.samples["drawn"]])
+            assert draws() == expected
+    finally:
+        if datasets_cached:
+            datasets.enable_caching()
+    assert asked[0] == asked[1]
+    assert len(set(asked[0])) == 4
+
+
+def test_a_metric_that_is_no_mean_forks_no_pool(runs, tasks, tmp_path, monkeypatch):
+    """The processes of a training are not to be forked, and one of the pool's would compute it all."""
+    metric = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    write_task(
+        tmp_path / "likely.yaml",
+        tasks / "choices.yaml",
+        output_type="loglikelihood",
+        doc_to_target=" {{options[0]}}",
+        metric_list=[metric],
+    )
+    monkeypatch.setattr("multiprocessing.Pool", None)
+    found = harness.run_tasks(load_subject(runs["plain"], device="cpu"), "likely", include=tmp_path)
+    assert found.figures["likely"]["perplexity_stderr"] > 0
+
+
+def test_ranks_that_ask_different_things_are_told_apart(runs):
+    """By the data of a task: the ranks may have caches of their own."""
+    model, _ = untrained(runs, 1, recurrence={"kind": "none"})
+    asked = []
+
+    class TwoRanks(World):
+        def agree(self, what, value):
+            asked.append(value)
+
+    model.subject = replace(model.subject, world=TwoRanks())
+    for context in ("a", "a", "b"):
+        model.loglikelihood([instance("loglikelihood", context, " c")], disable_tqdm=True)
+    for context in ("a", "a", "b"):
+        model.generate_until([instance("generate_until", context, {"max_gen_toks": 1})], disable_tqdm=True)
+    assert [asked[at] == asked[at + 1] for at in (0, 1, 3, 4)] == [True, False, True, False]
 
 
 def test_on_the_command_line_of_lm_eval(runs, tasks, monkeypatch, capsys):
