@@ -120,7 +120,10 @@ def _named(tasks: str | Sequence[str], include: str | Path | None) -> tuple[list
         raise FileNotFoundError(f"'{include}' is no folder of task files: `lattice prepare-eval` makes one")
     local = {path.stem for path in Path(include).glob("*.yaml")} if include is not None else set()
     try:
-        manager = _task_manager(None if include is None else str(include), not set(names) <= local)
+        folder = None if include is None else str(include)
+        manager = _task_manager(folder, False)
+        if not set(names) <= local - set(manager.all_groups):  # a group may name tasks of lm-eval's own
+            manager = _task_manager(folder, True)
     except ImportError as error:
         raise ImportError(f"tasks need lm-eval: pip install 'lattice[eval]' ({error})") from error
     for name in names:

@@ -280,5 +280,13 @@ def test_data_that_cannot_be_reached(runs, tasks, monkeypatch):
     assert "`--tasks lambada_openai piqa winogrande arc_easy arc_challenge sciq hellaswag --include" in said
 
 
+def test_lm_evals_own_tasks_are_known_to_a_local_group(tasks, tmp_path):
+    """And read only where they may be asked for: that takes seconds."""
+    (tmp_path / "choices.yaml").write_text((tasks / "choices.yaml").read_text())
+    (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["choices", "piqa"]}))
+    assert "piqa" not in harness._named("choices", tmp_path)[2].all_tasks
+    assert "piqa" in harness._named("both", tmp_path)[2].all_tasks
+
+
 def test_paper_tasks_are_nine():
     assert len(harness.expand("paper")) == len(harness.expand(["paper", "piqa"])) == 9
