@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,9 +172,12 @@ def _task_manager(include: str | None, defaults: bool) -> TaskManager:
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` as `acc`; with another filter its name stays."""
+    """`acc,none` as `acc`; with another filter its name stays, before `_stderr`."""
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and "," in key}
-    return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+    return {
+        re.sub("(_stderr)(,.+)", r"\2\1", key.removesuffix(",none")): float(value)
+        for key, value in numbers.items()
+    }
 
 
 def _questions(samples: dict[str, int] | None) -> dict[str, float]:

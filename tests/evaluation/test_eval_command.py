@@ -28,6 +28,21 @@ def test_eval_shows_and_keeps_what_it_found(runs, tasks, tmp_path, capsys):
     assert items[0]["doc"] == QUESTIONS[0]
 
 
+def test_a_filtered_metric_is_shown_with_its_standard_error(runs, tasks, tmp_path, capsys):
+    task = json.loads((tasks / "continue.yaml").read_text()) | {"task": "filtered"}
+    task["filter_list"] = [
+        {"name": name, "filter": [{"function": "take_first"}]} for name in ("none", "strict")
+    ]
+    (tmp_path / "filtered.yaml").write_text(json.dumps(task))
+    out = tmp_path / "found.jsonl"
+    arguments = ["eval", runs["plain"], "--tasks", "filtered", "--include", tmp_path, "--out", out]
+    assert command(*arguments, "--set", "evaluators.validation.max_tokens=32") == 0
+    (row,) = (row for row in map(json.loads, out.read_text().splitlines()) if row["evaluator"] == "filtered")
+    metrics = {"exact_match", "exact_match,strict"}
+    assert metrics | {f"{metric}_stderr" for metric in metrics} <= row.keys()
+    assert "_stderr" not in capsys.readouterr().out
+
+
 def test_tensorboard_keeps_what_earlier_evaluations_found(runs, tasks, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
