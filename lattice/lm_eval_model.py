@@ -8,6 +8,7 @@ The only file that imports lm-eval. Shapes: B rows, L tokens, N scored tokens, V
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from lattice.padding import padded
 from lattice.protocols import EvaluationSubject
 from lattice.text_generation import complete
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """What lm-eval remembers a request by, ids of the context, ids of what is scored."""
@@ -105,14 +107,25 @@ class LatticeLM(TemplateLM):
 
         Requests whose inputs begin alike, such as the answers to one question, share a row, where the
         recurrence lets them; those with the same input always do. Rows of like length share a batch, the
-        longest first.
+        longest first. A context without tokens, as lm-eval makes of whitespace, is the prefix token.
         """
         self._agree(requests)
         for texts, context, scored in requests:
+            asked = texts[0] if texts else f"{len(context)} tokens"
             if not scored:
-                asked = texts[0] if texts else f"{len(context)} tokens"
                 raise ValueError(f"the continuation of {asked!r} is empty: there is nothing to score")
-        inputs = [tuple((context + scored)[-(self.max_length + 1) :][:-1]) for _, context, scored in requests]
+            if len(scored) > self.max_length:
+                raise ValueError(
+                    f"the continuation of {asked!r} has {len(scored)} tokens: must be at most the model's "
+                    f"context of {self.max_length}"
+                )
+        whole = [(context or [self.prefix_token_id]) + scored for _, context, scored in requests]
+        if too_long := [len(ids) for ids in whole if len(ids) > self.max_length + 1]:
+            log.warning(
+                f"{len(too_long)} of {len(whole)} requests lose their beginning: the longest has "
+                f"{max(too_long)} tokens, and the model's context is {self.max_length}"
+            )
+        inputs = [tuple(ids[-(self.max_length + 1) :][:-1]) for ids in whole]
         of_input: dict[Text, list[int]] = {}
         for index, ids in enumerate(inputs):
             of_input.setdefault(ids, []).append(index)
@@ -176,7 +189,7 @@ class LatticeLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, hidden_LD: torch.Tensor, scored: list[int]) -> tuple[float, bool]:
-        scored_N = torch.tensor(scored[-len(hidden_LD) :], device=hidden_LD.device)
+        scored_N = torch.tensor(scored, device=hidden_LD.device)
         with self.subject.autocast():
             logits_NV = self.model.decoder.head(hidden_LD[-len(scored_N) :])
         logs_NV = logits_NV.float().log_softmax(-1)

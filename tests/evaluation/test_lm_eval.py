@@ -158,13 +158,31 @@ def test_rows_that_cannot_branch_are_refused(runs):
         model.model.hidden_states(torch.zeros(1, 2).long(), None, branches=torch.tensor([[0, 1]]))
 
 
-def test_a_request_that_is_too_long_keeps_its_end(runs):
+@pytest.mark.parametrize("context", [" ", "\n\n"])
+def test_a_context_of_whitespace_is_scored_after_the_prefix(runs, context):
+    model = LatticeLM(runs["plain"], device="cpu")
+    for continuation in ("a", "import os"):
+        asked = [("", context + continuation), (context, continuation)]
+        expected, found = model.loglikelihood([instance("loglikelihood", *pair) for pair in asked])
+        assert found == expected
+
+
+def test_a_request_that_is_too_long_keeps_its_end(runs, caplog):
     model = LatticeLM(runs["plain"], device="cpu")
     context, answer = model.tok_encode("x" * 60 + "end"), model.tok_encode("ing")
     long, short = model._loglikelihood_tokens(
         [(None, context, answer), (None, context[-(49 - len(answer)) :], answer)], disable_tqdm=True
     )
     assert long[0] == pytest.approx(short[0], abs=1e-5)
+    assert "1 of 2 requests lose their beginning: the longest has 66 tokens" in caplog.text
+
+
+def test_a_continuation_that_is_too_long_is_refused(runs):
+    """As lm-eval's own Hugging Face model does: it would be scored by its end alone."""
+    model = LatticeLM(runs["plain"], device="cpu")
+    model._loglikelihood_tokens([(("a", "…"), [65], [66] * 48)])
+    with pytest.raises(ValueError, match="of 'a' has 49 tokens: must be at most the model's context of 48"):
+        model._loglikelihood_tokens([(("a", "…"), [65], [66] * 49)])
 
 
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
