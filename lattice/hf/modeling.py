@@ -64,6 +64,8 @@ class Cache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)
+    """By layer, for transformers since 5.24, which else takes the whole text for new tokens."""
 
     def __init__(self) -> None:
         self.slots: KVCache | None = None

@@ -235,6 +235,17 @@ def test_what_the_model_does_not_take_is_refused(inputs, message, pair):
 
 
 # ── generate ──────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("padding", [False, True])
+def test_going_on_from_the_cache_of_a_generation(padding, pair):
+    theirs, ids = loaded(pair[1]), some_ids()
+    mask = left_padded(ids) if padding else torch.ones_like(ids)
+    first = greedy(theirs, ids, mask, new=3, return_dict_in_generate=True)
+    name = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
+    covering = F.pad(mask, (0, 3), value=1)
+    second = greedy(theirs, first.sequences, covering, new=3, **{name: first[name]})
+    assert torch.equal(second, greedy(theirs, ids, mask))
+
+
 def test_sampling(pair):
     theirs, ids = loaded(pair[1]), some_ids()
     mask = left_padded(ids)
