@@ -82,7 +82,7 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
     """Logits for the next token, after thinking as the recurrence says."""
 
     config_class: type[Config] = Config
-    _model: LanguageModel
+    _computing: LanguageModel
     _is_stateful = True  # the cache cannot go back: no assisted generation
 
     def __init__(self, config: Any) -> None:
@@ -91,7 +91,7 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         on_meta = nn.Linear(1, 1).weight.is_meta  # 4.5x moves parameters there one by one, and no buffers
         model = undrawn_model(recipe) if on_meta else build_model(recipe)
         # Not a submodule: its parts are, under the names that the weights have in the directory.
-        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_computing", model)
         self._was_drawn = not on_meta
         for name, child in model.decoder.named_children():
             self.add_module(name, child)
@@ -99,6 +99,16 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
             self.add_module(RECURRENCE.removesuffix("."), model.unroll)
         self._set_tie()
         self.post_init()
+
+    @property
+    def _model(self) -> LanguageModel:
+        """With what has taken the place of a part here, such as a head's, by hand or by quantization."""
+        for name, part in self._modules.items():
+            of_recurrence = name == RECURRENCE.removesuffix(".")
+            owner, at = (self._computing, "unroll") if of_recurrence else (self._computing.decoder, name)
+            if at in owner._modules and owner._modules[at] is not part:
+                owner._modules[at] = part
+        return self._computing
 
     def _set_tie(self) -> None:
         names = {id(module): name for name, module in self.named_modules()}

@@ -1,5 +1,6 @@
 """Models of ours in transformers: the same logits and tokens, from a directory that stands on its own."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -193,6 +194,23 @@ def test_gradients_reach_every_parameter(pair):
     with torch.enable_grad():
         theirs(some_ids(), labels=some_ids()).loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in theirs.parameters())
+
+
+def test_a_part_that_is_replaced_is_computed(pair, tmp_path):
+    theirs, ids = loaded(pair[1]), some_ids()
+    plain, linear = theirs(ids).logits, torch.nn.Linear(32, 61, bias=False)
+    linear.weight.copy_(2 * theirs.embed_out.weight)
+    by_hand, quantized = copy.deepcopy(theirs), copy.deepcopy(theirs)
+    by_hand.embed_out = linear
+    quantized._modules["embed_out"] = linear  # as torch.ao.quantization.convert does
+    for model in (by_hand, quantized):
+        assert model.get_output_embeddings() is linear
+        torch.testing.assert_close(model(ids).logits, 2 * plain)
+    torch.testing.assert_close(theirs(ids).logits, plain)
+    lattice.save_pretrained(randomised("gpt_neox", RECURRENCES["depth_with_parameters"]), tmp_path)
+    other = loaded(tmp_path)
+    other.recurrence = torch.nn.Identity()
+    assert other._model.unroll is other.recurrence
 
 
 def test_logits_to_keep(pair):
