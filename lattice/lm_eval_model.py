@@ -111,19 +111,19 @@ class LatticeLM(TemplateLM):
         """
         self._agree(requests)
         for texts, context, scored in requests:
-            asked = texts[0] if texts else f"{len(context)} tokens"
             if not scored:
+                asked = texts[0] if texts else f"{len(context)} tokens"
                 raise ValueError(f"the continuation of {asked!r} is empty: there is nothing to score")
-            if len(scored) > self.max_length:
-                raise ValueError(
-                    f"the continuation of {asked!r} has {len(scored)} tokens: must be at most the model's "
-                    f"context of {self.max_length}"
-                )
         whole = [(context or [self.prefix_token_id]) + scored for _, context, scored in requests]
         if too_long := [len(ids) for ids in whole if len(ids) > self.max_length + 1]:
             log.warning(
                 f"{len(too_long)} of {len(whole)} requests lose their beginning: the longest has "
                 f"{max(too_long)} tokens, and the model's context is {self.max_length}"
+            )
+        if cut := [len(scored) for _, _, scored in requests if len(scored) > self.max_length]:
+            log.warning(
+                f"{len(cut)} of {len(whole)} continuations are scored by their end alone: the longest has "
+                f"{max(cut)} tokens, and the model's context is {self.max_length}"
             )
         inputs = [tuple(ids[-(self.max_length + 1) :][:-1]) for ids in whole]
         of_input: dict[Text, list[int]] = {}
@@ -189,7 +189,7 @@ class LatticeLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, hidden_LD: torch.Tensor, scored: list[int]) -> tuple[float, bool]:
-        scored_N = torch.tensor(scored, device=hidden_LD.device)
+        scored_N = torch.tensor(scored[-len(hidden_LD) :], device=hidden_LD.device)
         with self.subject.autocast():
             logits_NV = self.model.decoder.head(hidden_LD[-len(scored_N) :])
         logs_NV = logits_NV.float().log_softmax(-1)

@@ -177,12 +177,13 @@ def test_a_request_that_is_too_long_keeps_its_end(runs, caplog):
     assert "1 of 2 requests lose their beginning: the longest has 66 tokens" in caplog.text
 
 
-def test_a_continuation_that_is_too_long_is_refused(runs):
-    """As lm-eval's own Hugging Face model does: it would be scored by its end alone."""
+def test_a_continuation_that_is_too_long_is_scored_by_its_end_and_that_is_said(runs, caplog):
     model = LatticeLM(runs["plain"], device="cpu")
-    model._loglikelihood_tokens([(("a", "…"), [65], [66] * 48)])
-    with pytest.raises(ValueError, match="of 'a' has 49 tokens: must be at most the model's context of 48"):
-        model._loglikelihood_tokens([(("a", "…"), [65], [66] * 49)])
+    (whole,) = model._loglikelihood_tokens([(("a", "…"), [65], [66] * 48)])
+    assert "by their end alone" not in caplog.text
+    (cut,) = model._loglikelihood_tokens([(("a", "…"), [67], [65] + [66] * 48)])
+    assert cut == whole
+    assert "1 of 1 continuations are scored by their end alone: the longest has 49 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
