@@ -163,7 +163,7 @@ class Workload:
         with clock("data"):
             ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
         with clock("forward"), self.precision.autocast(self.device):
-            loss = self.model(ids_BL, targets=targets_BL, draw=self.last).loss
+            loss = self.model(ids_BL, targets=targets_BL, draw=self.last).objective
         assert loss is not None
         with clock("backward"):
             loss.backward()

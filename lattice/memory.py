@@ -92,7 +92,7 @@ def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, s
     live.rename(held, "parameters")
     with live:
         with precision.autocast(ids_BL.device):
-            loss = model(ids_BL, targets=ids_BL, draw=Most(0, step)).loss
+            loss = model(ids_BL, targets=ids_BL, draw=Most(0, step)).objective
         assert loss is not None
         loss.backward()
         del loss

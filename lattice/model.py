@@ -19,6 +19,9 @@ from lattice.slots import Tokens
 from lattice.split import Split
 from lattice.stack import Stack
 
+AUXILIARY = "auxiliary_loss"
+"""The name in the metrics of what a recurrence adds to the loss of a training step, in nats a token."""
+
 
 @dataclass
 class Output:
@@ -33,6 +36,21 @@ class Output:
     telemetry: dict[str, Tensor] = field(default_factory=dict)
     passes: int = 0
     """How often slots were sent through layers: ranks that train together must do so equally often."""
+    auxiliary_sum: Tensor | None = None
+    """Nats, summed over those targets, that the recurrence adds to the loss of a training step."""
+
+    @property
+    def objective_sum(self) -> Tensor | None:
+        """What a training step minimises, summed: the loss, and what the recurrence adds to it."""
+        if self.loss_sum is None or self.auxiliary_sum is None:
+            return self.loss_sum
+        return self.loss_sum + self.auxiliary_sum
+
+    @property
+    def objective(self) -> Tensor | None:
+        """What a training step minimises, in the mean over the targets."""
+        objective_sum = self.objective_sum
+        return None if objective_sum is None or self.count is None else objective_sum / self.count
 
     @property
     def loss(self) -> Tensor | None:
@@ -96,15 +114,49 @@ class LanguageModel(nn.Module):
         if targets is None:
             logits_BLV = stack.logits(unrolled.hidden_BLD)
             return Output(logits_BLV, telemetry=self._telemetry(unrolled), passes=stack.passes)
-        hidden_ND = unrolled.hidden_BLD.flatten(0, 1)
-        loss_sum, count = self.loss.total(hidden_ND, self.decoder.head, targets.flatten())
+        loss_sum, count = self._loss(unrolled.hidden_BLD, targets)
+        telemetry, auxiliary_sum = self._telemetry(unrolled), None
+        if draw is not None and (unrolled.also_predict or unrolled.penalty_BL is not None):
+            auxiliary_sum = self._auxiliary(unrolled, targets)
+            telemetry[AUXILIARY] = auxiliary_sum.detach() / count.clamp(min=1)
         return Output(
-            loss_sum=loss_sum, count=count, telemetry=self._telemetry(unrolled), passes=stack.passes
+            loss_sum=loss_sum,
+            count=count,
+            telemetry=telemetry,
+            passes=stack.passes,
+            auxiliary_sum=auxiliary_sum,
         )
 
+    def _loss(self, hidden_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, targets_BL.flatten())
+
+    def _auxiliary(self, unrolled: Unrolled, targets_BL: Tensor) -> Tensor:
+        """Raises ValueError for other shapes than those of the tokens."""
+        total = unrolled.hidden_BLD.new_zeros((), dtype=torch.float32)
+        for hidden_BLD, weight in unrolled.also_predict:
+            self._check_shape("also_predict", hidden_BLD, unrolled.hidden_BLD)
+            total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
+        if unrolled.penalty_BL is not None:
+            self._check_shape("penalty_BL", unrolled.penalty_BL, targets_BL)
+            total = total + unrolled.penalty_BL.float().masked_fill(targets_BL == -100, 0).sum()
+        return total
+
+    def _check_shape(self, name: str, given: Tensor, like: Tensor) -> None:
+        if given.shape != like.shape:
+            raise ValueError(
+                f"recurrence '{kind_of(self.recurrence)}': {name} holds a tensor of shape "
+                f"{tuple(given.shape)}; must be {tuple(like.shape)}"
+            )
+
     def _telemetry(self, unrolled: Unrolled) -> dict[str, Tensor]:
-        """In float32, detached. Raises TypeError for what is no number and no vector of them."""
-        found = {}
+        """In float32, detached. Raises TypeError for what is no number and no vector of them, ValueError for
+        a name that is taken."""
+        found: dict[str, Tensor] = {}
+        if AUXILIARY in unrolled.telemetry:
+            raise ValueError(
+                f"recurrence '{kind_of(self.recurrence)}': telemetry '{AUXILIARY}': this is what it adds to "
+                "the loss by also_predict and penalty_BL; choose another name"
+            )
         for name, value in unrolled.telemetry.items():
             tensor = torch.tensor(value) if isinstance(value, int | float) else value
             if not isinstance(tensor, Tensor) or tensor.dim() > 1 or tensor.is_complex():

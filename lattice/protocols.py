@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -86,6 +86,11 @@ class Unrolled:
     hidden_BLD: Tensor
     telemetry: Mapping[str, Tensor | float] = field(default_factory=dict)
     """Numbers or vectors to log, e.g. `residuals`: relative change at each iteration."""
+    also_predict: Sequence[tuple[Tensor, float]] = ()
+    """Further hidden states (B, L, D), after the final norm, that a training step makes predict the same
+    tokens, each with the weight of its loss: deep supervision (Lee et al., arXiv 1409.5185)."""
+    penalty_BL: Tensor | None = None
+    """What a training step minimises besides, for each token, in nats."""
 
 
 class Unroll(Protocol):

@@ -239,10 +239,10 @@ class Loop:
                         batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL, draw=draw
                     )
                 assert output.loss_sum is not None
-                loss = output.loss_sum / count
+                assert output.objective_sum is not None
                 self.watch.at(done, "backward")
-                loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+                (output.objective_sum / count).backward()  # type: ignore[no-untyped-call]
+            losses.append(output.loss_sum.detach() / count)
             telemetry.append(output.telemetry)
             passes += output.passes
         graph.spread.finish()

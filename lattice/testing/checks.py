@@ -192,7 +192,7 @@ def gradients(subject: Subject) -> str | None:
     reached: set[str] = set()
     for draw in (Draw(0, 0), *STEPS):
         model.zero_grad()
-        loss = model(ids, targets=ids.roll(-1, 1), draw=draw).loss
+        loss = model(ids, targets=ids.roll(-1, 1), draw=draw).objective
         assert loss is not None
         loss.backward()
         for name, parameter in model.named_parameters():
@@ -265,7 +265,7 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], float]]:
 
 def _train(model: LanguageModel, ids: torch.Tensor, draw: Draw) -> None:
     with torch.enable_grad():
-        loss = model(ids, targets=ids, draw=draw).loss
+        loss = model(ids, targets=ids, draw=draw).objective
         assert loss is not None
         loss.backward()
 

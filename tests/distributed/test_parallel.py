@@ -1,6 +1,7 @@
 """The same recipe gives the same losses on any number of ranks, however it is spread over them."""
 
 import re
+from pathlib import Path
 
 import pytest
 from ranks import losses, metrics, recipe_of, train_on
@@ -18,6 +19,7 @@ KINDS = {
     "sweeps": {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
     "softmax": {"kind": "latent_thoughts", "thoughts": 1, "feedback": "softmax"},
 }
+SUPERVISED = Path(__file__).parents[1] / "supervised.py"
 STEP = {"kind": "fsdp", "reshard": "step"}
 PASS = {"kind": "fsdp", "reshard": "pass"}
 
@@ -53,6 +55,11 @@ def cases_of_two():
     cases["llama_tensor"] = recipe_of(backbone=llama, parallel={"kind": "tensor", "degree": 2})
     for name, parallel in {"step": STEP, "pass": PASS, "ddp": {"kind": "ddp"}}.items():
         cases[f"accumulate_{name}"] = recipe_of(run={"micro_batch": 1}, parallel=parallel)
+    for name, parallel in {"step": STEP, "ddp": {"kind": "ddp"}}.items():
+        supervised = recipe_of(
+            run={"micro_batch": 1}, recurrence={"kind": "test_supervised"}, parallel=parallel
+        )
+        cases[f"auxiliary_loss_{name}"] = {**supervised, "imports": [str(SUPERVISED)]}
     cases["long"] = recipe_of(run={"steps": 50}, parallel=STEP)
     for count in (1, 5):
         jacobi = {"train": [count, count], "eval": 1}

@@ -1,0 +1,83 @@
+"""What a recurrence adds to the loss of a training step, against the same by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lattice
+from lattice.draws import Draw
+from lattice.testing import BACKBONES, assert_conforms
+from tests.supervised import Supervised
+
+DRAW = Draw(0, 3)
+
+
+def model_of(**options):
+    table = {"kind": Supervised.kind, **options}
+    return lattice.build_model({"backbone": BACKBONES["llama"], "recurrence": table}).double()
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(1))
+    targets = ids.roll(-1, 1)
+    targets[0, 6:] = -100
+    return ids, targets
+
+
+def by_hand(model, ids, targets, weight, penalty):
+    """The objective, and the part of it that is the loss, from logits that are all held."""
+    decoder, counts = model.decoder, targets != -100
+    seen = []
+    handle = decoder.final_norm.register_forward_hook(lambda module, given, out: seen.append(out.squeeze(2)))
+    model(ids)
+    handle.remove()
+    first, last = (F.cross_entropy(decoder.head(hidden)[counts], targets[counts]) for hidden in seen)
+    return last + weight * first + penalty * seen[1].square().mean(-1)[counts].mean(), last
+
+
+def test_objective_and_gradients(batch):
+    ids, targets = batch
+    model = model_of(weight=0.3, penalty=0.7)
+    expected, loss = by_hand(model, ids, targets, 0.3, 0.7)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    output = model(ids, targets=targets, draw=DRAW)
+    torch.testing.assert_close(output.objective, expected, check_dtype=False)
+    torch.testing.assert_close(output.loss, loss, check_dtype=False)
+    added = (expected - loss).float()
+    torch.testing.assert_close(output.telemetry["auxiliary_loss"], added, check_dtype=False)
+    found = torch.autograd.grad(output.objective, list(model.parameters()))
+    torch.testing.assert_close(found, gradients)
+
+
+def test_evaluation_knows_the_loss_alone(batch):
+    ids, targets = batch
+    output = model_of()(ids, targets=targets)
+    assert output.auxiliary_sum is None
+    assert output.objective == output.loss
+    assert "auxiliary_loss" not in output.telemetry
+
+
+def test_it_conforms_and_what_it_costs_is_counted():
+    assert_conforms({"kind": "test_supervised"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"also_predict": [(torch.zeros(2, 9), 1.0)]},
+            r"also_predict holds a tensor of shape \(2, 9\); must",
+        ),
+        ({"penalty_BL": torch.zeros(9)}, r"penalty_BL holds a tensor of shape \(9,\); must be \(2, 9\)"),
+        ({"telemetry": {"auxiliary_loss": 1.0}}, "telemetry 'auxiliary_loss': .* choose another name"),
+    ],
+)
+def test_what_does_not_fit_is_named(batch, change, message):
+    model, (ids, targets) = model_of(), batch
+    right = model.unroll
+    model.unroll = lambda *inputs, **named: dataclasses.replace(right(*inputs, **named), **change)
+    with pytest.raises(ValueError, match=f"recurrence 'test_supervised': {message}"):
+        model(ids, targets=targets, draw=DRAW)
