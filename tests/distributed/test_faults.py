@@ -53,11 +53,12 @@ def events(run, rank):
 
 def test_an_evaluator_that_fails_on_all_ranks_costs_no_step(tmp_path):
     """The save of that step is in flight, and the ranks end with it on disk."""
-    context = misbehaving("nan", rank=9)["backbone"]["max_position_embeddings"]
-    failing = {"documents": {"kind": "documents", "every": 2, "overlap": context}}
-    code, said = launch(tmp_path, {**misbehaving("nan", rank=9), "evaluators": failing})
+    recipe = misbehaving("nan", rank=9)
+    recipe["imports"].append(str(USER.parents[1] / "integration" / "user.py"))
+    recipe["evaluators"] = {"late": {"kind": "test_failing", "every": 2, "file": str(tmp_path / "gone")}}
+    code, said = launch(tmp_path, recipe)
     assert code != 0
-    assert f"overlap = {context}: must be less than the model's context" in said
+    assert "gone' is not there" in said
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000002"]
 
 
