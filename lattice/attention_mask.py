@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lattice.decoder import AttentionMask, Blocks
 from lattice.graphs import allow_graphs
-from lattice.protocols import Mask
+from lattice.protocols import Mask, kind_of
 from lattice.slots import Side, Slots
 
 BLOCK = 128
@@ -79,10 +79,9 @@ def _check(mask: Mask, further: Tensor, queries: Slots, keys: Slots) -> None:
     size = _rows(queries, keys), len(queries.stage_S), len(keys.stage_S)
     fits = further.dim() == 3 and all(a in (1, b) for a, b in zip(further.shape, size, strict=True))
     if further.dtype != torch.bool or not fits:
-        name = getattr(mask, "kind", type(mask).__name__)
         raise ValueError(
-            f"mask '{name}': sees() gave {further.dtype} of shape {tuple(further.shape)}; must be booleans "
-            f"that broadcast to {size}"
+            f"mask '{kind_of(mask)}': sees() gave {further.dtype} of shape {tuple(further.shape)}; must be "
+            f"booleans that broadcast to {size}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lattice.protocols import Backbone, Codec, Data, Recurrence, Tokenizer
+from lattice.protocols import Backbone, Codec, Data, Recurrence, Tokenizer, kind_of
 from lattice.recipe import Recipe, RecipeError
 
 
@@ -59,7 +59,7 @@ def _check_reserved(recipe: Recipe, tokens: int) -> None:
     recurrence: Recurrence = recipe.component("recurrence")
     taken = [row for row in recurrence.reserved_ids(backbone.shape) if row < tokens]
     if taken:
-        kind = getattr(recurrence, "kind", type(recurrence).__name__)
+        kind = kind_of(recurrence)
         raise RecipeError(
             [
                 f"recurrence '{kind}' uses row {taken[0]} of the embedding table, which is a token of the "

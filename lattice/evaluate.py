@@ -95,6 +95,8 @@ def evaluate(
     changes = [*wanted.overrides, *overrides]
     recipe = recipe_of(run, overrides=changes, trust_imports=trust_imports)
     recipes = [counted(recipe, *setting) for setting in settings]  # all of them before the first is loaded
+    if wanted.tasks:
+        harness.check_tasks(wanted.tasks, include=wanted.include)
     for (count, iterated), with_counts in zip(settings, recipes, strict=True):
         subject = subject_of(run, with_counts, device=device)
         setting = {"thoughts": count, "iterations": iterated}
@@ -127,9 +129,6 @@ def _figures(
     """An evaluator or a task, the number of solved examples before each question of a task, and figures."""
     if wanted.held_out:
         preflight.check_evaluators(recipe, subject)
-    if wanted.tasks:
-        harness.check_tasks(wanted.tasks, include=wanted.include)
-    if wanted.held_out:
         evaluators: dict[str, Evaluator] = recipe.named("evaluator")
         for name, one in evaluators.items():
             with errors.status(name):

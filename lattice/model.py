@@ -49,15 +49,15 @@ class Output:
     @property
     def objective(self) -> Tensor | None:
         """What a training step minimises, in the mean over the targets."""
-        objective_sum = self.objective_sum
-        return None if objective_sum is None or self.count is None else objective_sum / self.count
+        return self._mean(self.objective_sum)
 
     @property
     def loss(self) -> Tensor | None:
         """Mean loss in nats a token."""
-        if self.loss_sum is None or self.count is None:
-            return None
-        return self.loss_sum / self.count
+        return self._mean(self.loss_sum)
+
+    def _mean(self, total: Tensor | None) -> Tensor | None:
+        return None if total is None or self.count is None else total / self.count
 
 
 class LanguageModel(nn.Module):

@@ -19,7 +19,7 @@ from lattice.console import errors, plural, say, table
 from lattice.generate import Sampling, stream
 from lattice.model import LanguageModel
 from lattice.options import to_table
-from lattice.protocols import Codec
+from lattice.protocols import Codec, kind_of
 from lattice.recipe import Recipe, load_recipe
 from lattice.run_folder import read_table
 from lattice.text_generation import Completion, Continuation, check_stop, prompt_ids
@@ -128,7 +128,7 @@ def _recurrences(target: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
 def show_prefill(model: LanguageModel, what: str, *, parallel: bool) -> None:
     """Says on stderr how prompts are evaluated."""
     recurrence = model.recurrence
-    kind = getattr(recurrence, "kind", type(recurrence).__name__)
+    kind = kind_of(recurrence)
     if recurrence.parallel_is_exact:
         how = "all tokens at once, which is exact"
     elif parallel:

@@ -202,9 +202,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [row for line in lines if (row := _row(line))]
 
 
-def training_curve(folder: Path, key: str = "loss") -> list[float]:
-    """The training loss, or another metric, of every step so far, in order."""
-    return [row[key] for row in read_metrics(folder / METRICS) if "loss" in row]
+def training_steps(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every training step so far, in order."""
+    return [row for row in read_metrics(folder / METRICS) if "loss" in row]
 
 
 def peak_memory_mib(device: torch.device) -> float:

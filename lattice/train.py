@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lattice import atomic, hardware, preflight, run_folder, state, user_code
+from lattice import atomic, hardware, preflight, run_folder, state
 from lattice.arrangement import together
 from lattice.assemble import TrainingGraph, training_graph
 from lattice.console import Training, only_first, say
@@ -85,7 +85,6 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         world.from_first(lambda: preflight.check_evaluators(recipe, graph.subject(0)))
         # Only now: a recipe whose parts do not fit leaves no run behind.
         world.from_first(lambda: run_folder.open_run(folder, recipe))
-        world.from_first(lambda: user_code.found(folder, recipe.imports))
         torch.manual_seed(recipe.run.seed)
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
         if resumed["step"] > recipe.run.steps:
@@ -335,17 +334,15 @@ class Loop:
     def _write_summary(self, peak_memory_mib: float) -> dict[str, Any]:
         graph, options = self.graph, self.run_options
         seconds = time.perf_counter() - self.started
-        losses = run_folder.training_curve(graph.folder)
+        steps = run_folder.training_steps(graph.folder)
         tokens = options.steps * options.batch_tokens
         summary: dict[str, Any] = {
             "steps": options.steps,
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": steps[0]["loss"],
+            "last_loss": steps[-1]["loss"],
             "tokens": tokens,
             "seconds": seconds,
-            "tokens_per_second": statistics.median(
-                run_folder.training_curve(graph.folder, "tokens_per_second")
-            ),
+            "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
             "peak_memory_mib": peak_memory_mib,
             "parameters": sum(parameter.numel() for parameter in graph.model.parameters()),
             "provenance": {

@@ -5,7 +5,7 @@ Kept in `imports/`, under the name of the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +16,12 @@ FOLDER = "imports"
 
 
 def keep(run: Path, imports: Sequence[str]) -> None:
-    """Copies the files among the imports of a run that begins, or goes on."""
+    """Copies the files among the imports of a run that begins, or goes on, and says which are not what it
+    began with."""
     for name, copy in _copies(run, imports).items():
         if not copy.is_file():
             atomic.write_file(copy, Path(name).read_bytes())
+    found(run, imports)
 
 
 def found(run: Path, imports: Sequence[str]) -> list[str]:
@@ -45,12 +47,18 @@ def _copies(run: Path, imports: Sequence[str]) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for name in imports:
         if name.endswith(".py") and name not in places:
-            place, number = run / FOLDER / Path(name).name, 1
-            while place in places.values():
-                number += 1
-                place = place.with_name(f"{Path(name).stem}_{number}.py")
-            places[name] = place
+            taken = [place.name for place in places.values()]
+            places[name] = run / FOLDER / free_name(Path(name).stem, taken)
     return places
+
+
+def free_name(stem: str, taken: Collection[str]) -> str:
+    """The name of a Python file, with a number where it would be one of those that are taken."""
+    name, number = f"{stem}.py", 1
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}.py"
+    return name
 
 
 @cache

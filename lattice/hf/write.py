@@ -23,6 +23,7 @@ from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.recipe import load_recipe
 from lattice.slots import Slots, Tokens
+from lattice.user_code import free_name
 
 TEMPLATE = Path(__file__).with_name("modeling_lattice.py")
 AUTO_MAP = {
@@ -135,9 +136,5 @@ def _file_names(files: list[Path]) -> dict[Path, str]:
     for path in files:
         stem = re.sub(r"\W", "_", path.stem)
         stem = f"_{stem}" if stem[0].isdigit() else stem
-        taken = {TEMPLATE.name, *names.values()}
-        number = 1
-        while (name := f"{stem}{'' if number == 1 else f'_{number}'}.py") in taken:
-            number += 1
-        names[path] = name
+        names[path] = free_name(stem, {TEMPLATE.name, *names.values()})
     return names

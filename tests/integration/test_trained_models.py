@@ -9,7 +9,7 @@ import torch
 
 import lattice
 from lattice.recipe import RecipeError
-from lattice.run_folder import training_curve
+from lattice.run_folder import training_steps
 from tests.integration.training_runs import rows
 
 
@@ -44,7 +44,7 @@ def test_the_summary_and_that_the_model_learns(place, tmp_path):
     assert summary["validation_bits_per_byte"] == pytest.approx(bits, rel=0.01), "a token is about a byte"
     assert summary["tokens"] == 60 * 512
     assert summary["seconds"] > 0
-    rates = training_curve(tmp_path / "run", "tokens_per_second")
+    rates = [row["tokens_per_second"] for row in training_steps(tmp_path / "run")]
     assert summary["tokens_per_second"] == statistics.median(rates)
     assert 50 < summary["peak_memory_mib"] < 8000
     assert summary["text_text"].startswith("def ")
