@@ -49,9 +49,10 @@ def training(thoughts: str, precision: str, batch: str, length: str, *overrides:
     return step
 
 
-def decoding(thoughts: str, precision: str, batch: str, length: str) -> Callable[[], object]:
-    """Greedy decoding after a prompt, the thoughts of both in sequence."""
-    recipe = lattice.load_recipe(RECIPES / "llama_125m_lt.toml", [f"recurrence.thoughts={thoughts}"])
+def decoding(thoughts: str, precision: str, batch: str, length: str, *overrides: str) -> Callable[[], object]:
+    """Greedy decoding after a prompt: thoughts of the prompt by the solver, those after it in sequence."""
+    overrides = (f"recurrence.thoughts={thoughts}", *overrides)
+    recipe = lattice.load_recipe(RECIPES / "llama_125m_lt.toml", overrides)
     model = lattice.build_model(recipe).eval()
     if precision == "bf16":
         model = model.to(torch.bfloat16)
