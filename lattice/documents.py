@@ -81,17 +81,18 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
         skipped += [f"{Path(here) / f}/" for f in hidden]
         folders[:] = sorted(set(folders) - set(hidden))
         for name in names:
-            known = _format(Path(name)) in (*TEXT, *JSON_LINES, *PARQUET) and not name.startswith(".")
-            if known:
-                files.append(Path(here) / name)
+            path = Path(here) / name
+            known = _format(path) in (*TEXT, *JSON_LINES, *PARQUET) and not name.startswith(".")
+            if known and (path.is_file() or not path.exists()):  # a link to nowhere is said when it is opened
+                files.append(path)
             else:
-                skipped.append(str(Path(here) / name))
+                skipped.append(str(path))
     return sorted(files), sorted(skipped)
 
 
 def _format(path: Path) -> str:
     """The suffix that tells the format: that before `.gz` and the like."""
-    return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix.lower()
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
 def _file_source(path: Path, text_key: str) -> TextSource:
@@ -100,6 +101,8 @@ def _file_source(path: Path, text_key: str) -> TextSource:
         raise ValueError(
             f"{path} is a .json file: rename it to .jsonl if it holds one record a line, else convert it"
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file: it is read more than once; write it to a file first")
     try:
         size = path.stat().st_size
         path.open("rb").close()

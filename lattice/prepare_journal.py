@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lattice.protocols import Codec
 from lattice.shard_writer import INDEX_BYTES, JOURNAL, MANIFEST, checksum, manifest, token_dtype
 
 LOCK = "prepare.lock"
+log = logging.getLogger(__name__)
 
 
 def command(settings: dict[str, Any], out: Path) -> str:
@@ -110,10 +112,25 @@ class Journal:
         )
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        self._same(saved["settings"], "holds an unfinished preparation")
-        self.fingerprint, self.empty, self.splits = saved["fingerprint"], saved["empty"], saved["splits"]
         source, record = saved["position"]
+        before = {**saved["settings"], "files": self._mended(saved["settings"]["files"], source, record)}
+        self._same(before, "holds an unfinished preparation")
+        self.fingerprint, self.empty, self.splits = saved["fingerprint"], saved["empty"], saved["splits"]
         self.position = (source, record)
+
+    def _mended(self, before: list[Any], source: int, record: int) -> list[Any]:
+        """The files as they were, but those that are not yet read to their end as they are now: an error in
+        one of them is what a preparation may have stopped for."""
+        now: list[Any] = self.settings["files"]
+        if [one["file"] for one in before] != [one["file"] for one in now]:
+            return before
+        if record and before[source] != now[source]:
+            log.warning(
+                "%s has changed: its first %s are kept as they were read",
+                now[source]["file"],
+                plural(record, "document"),
+            )
+        return before[:source] + now[source:]
 
     def _check_sizes(self, token_bytes: int) -> None:
         for shard in (shard for shards in self.splits.values() for shard in shards):

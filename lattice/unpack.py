@@ -31,11 +31,12 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".xz":
+    if suffix == ".xz":
         return cast(BinaryIO, lzma.open(path, "rb"))
-    if path.suffix == ".zst":
+    if suffix == ".zst":
         return cast(BinaryIO, io.BufferedReader(_Zstandard(path), CHUNK))
     return path.open("rb", buffering=CHUNK)
 

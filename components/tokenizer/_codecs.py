@@ -87,6 +87,8 @@ def load_codec(path: Path, config: dict[str, Any], eos: str | None = None) -> Fa
     if eos is None:
         named = config.get("eos_token")
         eos = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(eos, str | None):
+            raise ValueError(f"{path.with_name(CONFIG)}: eos_token = {eos!r}: must be a token's text")
     if eos is None:
         eos = next((token for token in COMMON_EOS if tokenizer.token_to_id(token) is not None), None)
     if eos is None:

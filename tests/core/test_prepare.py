@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import re
 import sys
 import types
@@ -98,13 +99,18 @@ def test_folders_are_sorted_and_what_is_left_out_is_said(tmp_path, caplog):
         ".h.txt": "h",
     }.items():
         (folder / name).write_text(content)
+    (folder / "c.jsonl").rename(folder / "c.JSONL.GZ")
+    (folder / "c.JSONL.GZ").write_bytes(gzip.compress(jsonl(["C"])))
+    os.mkfifo(folder / "pipe.txt")
     single = tmp_path / "named.py"
     single.write_text("print()")
     with caplog.at_level(logging.WARNING):
         run(tmp_path / "out", folder, single)
     assert stored(tmp_path / "out") == ["A", "B1", "C", "print()"]
-    for name in ("p.png", ".git/", ".h.txt"):
+    for name in ("p.png", ".git/", ".h.txt", "pipe.txt"):
         assert name in caplog.text
+    with pytest.raises(ValueError, match=r"pipe\.txt is no regular file"):
+        run(tmp_path / "other", folder / "pipe.txt")
 
 
 def test_empty_documents_are_counted_not_stored(tmp_path, caplog):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -209,12 +210,28 @@ def test_a_different_command_is_refused(sources, tmp_path, options, message):
         prepare(named, out, "bytes", show_progress=False, **{**OPTIONS, **options})
 
 
-def test_changed_sources_are_refused(sources, tmp_path):
-    out = tmp_path / "out"
-    named = unfinished(sources, out)
-    Path(named[-1]).write_text('{"text": "longer"}')
-    with pytest.raises(ValueError, match=r"files = .*z\.jsonl.*'bytes': 1.*'bytes': 18"):
+def test_sources_that_were_read_and_have_changed_are_refused(sources, tmp_path):
+    out, first = tmp_path / "out", tmp_path / "a.jsonl"
+    first.write_text(json.dumps({"text": "x" * 60_000}))
+    named = unfinished([str(first), *sources], out)
+    first.write_text('{"text": "shorter"}')
+    with pytest.raises(ValueError, match=r"files = .*a\.jsonl.*'bytes': 60012.*'bytes': 19"):
         prepare(named, out, "bytes", show_progress=False, **OPTIONS)
+
+
+def test_a_source_that_is_mended_goes_on(sources, tmp_path, caplog, monkeypatch):
+    """With all that was complete, and what was read of it before its mistake as it was."""
+    monkeypatch.setattr(prepare_encoding, "BATCH_DOCUMENTS", 16)
+    out, last = tmp_path / "out", tmp_path / "y.jsonl"
+    good = [json.dumps({"text": f"{number} " * 100}) for number in range(300)]
+    last.write_text("\n".join([*good, "{", good[0]]))
+    with pytest.raises(ValueError, match=r"y\.jsonl:301"):
+        prepare([*sources, str(last)], out, "bytes", show_progress=False, **OPTIONS)
+    last.write_text("\n".join([*good, '{"text": "mended"}', good[0]]))
+    prepare([*sources, str(last)], out, "bytes", show_progress=False, **OPTIONS)
+    assert re.search(r"y\.jsonl has changed: its first \d+ documents are kept as they were read", caplog.text)
+    prepare([*sources, str(last)], tmp_path / "whole", "bytes", show_progress=False, **OPTIONS)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_missing_shard_is_named(sources, tmp_path):
