@@ -6,6 +6,7 @@ allocated before the recipe has been checked as a whole (lattice.preflight).
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class TrainingGraph:
     spread: Spread
     precision: Precision
     optimizer: torch.optim.Optimizer
+    built_groups: list[dict[str, Any]]
+    """The optimizer's parameter groups as they were built, but for the parameters."""
     peak_lr: float
     grad_clip: float | None
     schedule: Schedule
@@ -94,6 +97,7 @@ def training_graph(
     data: Data = recipe.component("data")
     codec = world.in_turn(lambda: open_codec(recipe, folder / "tokenizer"))
     source = world.in_turn(lambda: data.open(_request(recipe, codec, world)))
+    world.agree("the data", json.dumps(source.fingerprints, sort_keys=True))
     checkpointer = checkpointer or checkpoint.build(folder / CHECKPOINTS)
     site = Site(world=world, device=device, weights=precision.weights, gathered_fits=gathered_fits)
     model = weightless_model(recipe)
@@ -105,15 +109,18 @@ def training_graph(
     model.to(device)
     if recipe.run.init_from is not None and checkpointer.latest() is None:
         initialize(model, recipe)
+    spread, built = parallel.spread(model, site), optimizer.build(model)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
     return TrainingGraph(
         recipe=recipe,
         folder=folder,
         world=world,
         device=device,
         model=model,
-        spread=parallel.spread(model, site),
+        spread=spread,
         precision=precision,
-        optimizer=optimizer.build(model),
+        optimizer=built,
+        built_groups=groups,
         peak_lr=optimizer.lr,
         grad_clip=optimizer.grad_clip or None,
         schedule=recipe.component("schedule"),

@@ -526,8 +526,9 @@ def generate(
     if batch < 1:
         raise ValueError(f"batch = {batch}: must be at least 1")
     texts = prompt if prompt is not None else read_prompts(prompts or Path())
+    checkpoint = checkpoint_of(run, trust_imports=trust_imports)
     settings = {
-        "checkpoint": str(checkpoint_of(run, trust_imports=trust_imports)),
+        "checkpoint": str(checkpoint),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -540,7 +541,7 @@ def generate(
     left = unfinished(texts, out, settings)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     codec = codec_of(run, trust_imports=trust_imports)
-    model = load(run, overrides=set_ or [], device=device, trust_imports=trust_imports)
+    model = load(checkpoint, overrides=set_ or [], device=device, trust_imports=trust_imports)
     parallel = prefill == "parallel"
     if prompt is not None and len(prompt) == 1 and out is None:
         stream_text(

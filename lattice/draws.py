@@ -7,7 +7,12 @@ same. A global generator would give each rank its own count of passes, and a sha
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,17 @@ class Draw:
     def integer(self, name: str, low: int, high: int) -> int:
         """Uniform over low..high, both included."""
         return low + int(self.uniform(name) * (high - low + 1))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever draws from the global generators within, they are afterwards as they were before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if initialized else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

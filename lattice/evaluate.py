@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lattice import harness, preflight
-from lattice.atomic import make_folder
+from lattice.atomic import CannotWrite, make_folder, naming
 from lattice.console import errors, say, table
-from lattice.load import locate, recipe_of, subject_of
+from lattice.figures import figures as figures_of
+from lattice.load import locate, recipe_of, saved, subject_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
 from lattice.recipe import Recipe
 from lattice.thought_counts import counted
@@ -97,8 +98,12 @@ def evaluate(
     recipes = [counted(recipe, *setting) for setting in settings]  # all of them before the first is loaded
     if wanted.tasks:
         harness.check_tasks(wanted.tasks, include=wanted.include)
+    _writable(path)
+    if wanted.samples is not None:
+        make_folder(wanted.samples)
+    _, checkpoint = saved(run, recipe)  # one for all settings: a run that goes on saves others meanwhile
     for (count, iterated), with_counts in zip(settings, recipes, strict=True):
-        subject = subject_of(run, with_counts, device=device)
+        subject = subject_of(checkpoint, with_counts, device=device)
         setting = {"thoughts": count, "iterations": iterated}
         shown = {name: value for name, value in setting.items() if value is not None}
         values: dict[str, float] = {}
@@ -110,8 +115,7 @@ def evaluate(
             results.append(row)
             if not errors.is_terminal:
                 _say(curve, setting, figures)
-            make_folder(path.parent)
-            with path.open("a", encoding="utf-8") as file:
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         _log(recipe, folder / "evaluation" / (_named(shown) or "as_trained"), subject.step, values)
     _show(results, settings)
@@ -132,7 +136,7 @@ def _figures(
         evaluators: dict[str, Evaluator] = recipe.named("evaluator")
         for name, one in evaluators.items():
             with errors.status(name):
-                found = one.evaluate(subject)
+                found = figures_of(name, one, subject)
             numbers = {key: value for key, value in found.items() if not isinstance(value, str)}
             if numbers:
                 yield name, None, numbers
@@ -152,20 +156,35 @@ def _figures(
         for task, samples in results.samples.items():
             assert wanted.samples is not None
             file = wanted.samples / f"{'_'.join(filter(None, (task, setting, given)))}.jsonl"
-            make_folder(file.parent)
             lines = [json.dumps(sample, default=str) for sample in samples]
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with naming(file):
+                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         for task, figures in results.figures.items():
             yield task, results.few_shot.get(task), figures
 
 
+def _writable(path: Path) -> None:
+    """Raises CannotWrite, before anything is computed, where nothing could be kept. Leaves no new file."""
+    make_folder(path.parent)
+    new = not path.exists()
+    with naming(path):
+        path.open("a", encoding="utf-8").close()
+        if new:
+            path.unlink()
+
+
 def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> None:
-    """A point of each figure for whoever writes metrics of this recipe, beside those of earlier calls."""
+    """A point of each figure for whoever writes metrics of this recipe, beside those of earlier calls; none
+    in a run that may only be read."""
     metrics: dict[str, Metrics] = recipe.named("metrics")
-    for one in metrics.values():
-        writer = one.build(folder, NEVER)
-        writer.log(step, values)
-        writer.close()
+    try:
+        with naming(folder):
+            for one in metrics.values():
+                writer = one.build(folder, NEVER)
+                writer.log(step, values)
+                writer.close()
+    except CannotWrite as error:
+        errors.print(f"warning: {error}: no curves of these figures", markup=False, soft_wrap=True)
 
 
 def _say(curve: str, setting: Mapping[str, int | None], figures: Mapping[str, float]) -> None:

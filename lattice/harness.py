@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lattice.draws import undisturbed
 from lattice.prepare_eval import PACKAGE, TASKS
 from lattice.protocols import EvaluationSubject
 from lattice.registry import nearest
@@ -81,7 +82,7 @@ def run_tasks(
 
     # lm-eval's bootstrap would fork a process per core for what, with RESAMPLED, one of them computes.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with _data_of(names, local), _undisturbed():
+    with _data_of(names, local), _seeded():
         found = lm_eval.simple_evaluate(
             model=LatticeLM(subject, batch_size=batch),
             tasks=names,
@@ -110,7 +111,7 @@ def check_tasks(tasks: str | Sequence[str], *, include: str | Path | None = None
     names, local, manager = _named(tasks, include)
     from lm_eval.tasks import get_task_dict
 
-    with _data_of(names, local), _undisturbed():
+    with _data_of(names, local), _seeded():
         get_task_dict(names, manager)
 
 
@@ -145,21 +146,14 @@ def _data_of(names: Sequence[str], local: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _seeded() -> Iterator[None]:
     """Within, the global generators start from lm-eval's seeds: a task that draws is the same on all ranks,
-    and when it is checked. A training run that evaluates goes on drawing as it did."""
-    python, numpy = random.getstate(), np.random.get_state()
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if initialized else ()
-    try:
-        with torch.random.fork_rng(devices):
-            random.seed(0)
-            np.random.seed(1234)
-            torch.manual_seed(1234)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    and when it is checked."""
+    with undisturbed():
+        random.seed(0)
+        np.random.seed(1234)
+        torch.manual_seed(1234)
+        yield
 
 
 @functools.cache

@@ -61,10 +61,19 @@ def subject_of(path: str | Path, recipe: Recipe, *, device: str = "auto") -> Eva
 
 def _load(path: Path, recipe: Recipe) -> tuple[LanguageModel, int]:
     """The model that `recipe` describes with the weights of a run or checkpoint, and their step."""
-    checkpointer, checkpoint = saved(path, recipe)
     model = build_model(recipe)
-    facts = checkpointer.load(checkpoint, {"model": weights(model)})
-    return model, int(facts["step"])
+    while True:
+        checkpointer, checkpoint = saved(path, recipe)
+        try:
+            facts = checkpointer.load(checkpoint, {"model": weights(model)})
+        except Exception as error:
+            if checkpoint.is_dir():
+                raise
+            # A run that goes on removes its oldest checkpoints: the latest may be another one by now.
+            if path.resolve() == checkpoint.resolve():
+                raise FileNotFoundError(f"'{checkpoint}' was removed while it was read") from error
+        else:
+            return model, int(facts["step"])
 
 
 def checkpoint_of(path: str | Path, *, trust_imports: bool = False) -> Path:
@@ -101,10 +110,11 @@ def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:
 
 def locate(path: Path) -> tuple[Path, Path | None]:
     """The run's directory, and the checkpoint if `path` is one."""
-    if (path / RECIPE).is_file():
-        return path, None
-    if (path.parent.parent / RECIPE).is_file() and path.is_dir():
-        return path.parent.parent, path
+    for given in (path, path.resolve()):  # what a link or `.` means has other folders above it
+        if (given / RECIPE).is_file():
+            return given, None
+        if (given.parent.parent / RECIPE).is_file() and given.is_dir():
+            return given.parent.parent, given
     raise FileNotFoundError(
         f"'{path}' is no run and no checkpoint of one: give the directory that `lattice run` wrote, "
         f"which holds {RECIPE}"

@@ -21,6 +21,8 @@ from lattice.stack import Stack
 
 AUXILIARY = "auxiliary_loss"
 """The name in the metrics of what a recurrence adds to the loss of a training step, in nats a token."""
+LOGGED = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", AUXILIARY)
+"""What a run logs of each step, so that telemetry has other names."""
 
 
 @dataclass
@@ -115,47 +117,49 @@ class LanguageModel(nn.Module):
             logits_BLV = stack.logits(unrolled.hidden_BLD)
             return Output(logits_BLV, telemetry=self._telemetry(unrolled), passes=stack.passes)
         loss_sum, count = self._loss(unrolled.hidden_BLD, targets)
-        telemetry, auxiliary_sum = self._telemetry(unrolled), None
-        if draw is not None and (unrolled.also_predict or unrolled.penalty_BL is not None):
-            auxiliary_sum = self._auxiliary(unrolled, targets)
-            telemetry[AUXILIARY] = auxiliary_sum.detach() / count.clamp(min=1)
+        adds = draw is not None and (unrolled.also_predict or unrolled.penalty_BL is not None)
         return Output(
             loss_sum=loss_sum,
             count=count,
-            telemetry=telemetry,
+            telemetry=self._telemetry(unrolled),
             passes=stack.passes,
-            auxiliary_sum=auxiliary_sum,
+            auxiliary_sum=self._auxiliary(unrolled, targets) if adds else None,
         )
 
     def _loss(self, hidden_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, targets_BL.flatten())
 
     def _auxiliary(self, unrolled: Unrolled, targets_BL: Tensor) -> Tensor:
-        """Raises ValueError for other shapes than those of the tokens."""
+        """Raises ValueError for other shapes than those of the tokens, and for a weight that is no number."""
         total = unrolled.hidden_BLD.new_zeros((), dtype=torch.float32)
         for hidden_BLD, weight in unrolled.also_predict:
-            self._check_shape("also_predict", hidden_BLD, unrolled.hidden_BLD)
+            self._check_shape("also_predict", hidden_BLD, unrolled.hidden_BLD.shape)
+            if isinstance(weight, Tensor) and weight.dim():
+                raise ValueError(
+                    f"recurrence '{kind_of(self.recurrence)}': also_predict holds a weight of shape "
+                    f"{tuple(weight.shape)}; must be a number: it is that of a loss, summed over all targets"
+                )
             total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
         if unrolled.penalty_BL is not None:
-            self._check_shape("penalty_BL", unrolled.penalty_BL, targets_BL)
+            self._check_shape("penalty_BL", unrolled.penalty_BL, targets_BL.shape)
             total = total + unrolled.penalty_BL.float().masked_fill(targets_BL == -100, 0).sum()
         return total
 
-    def _check_shape(self, name: str, given: Tensor, like: Tensor) -> None:
-        if given.shape != like.shape:
+    def _check_shape(self, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        if given.shape != shape:
             raise ValueError(
                 f"recurrence '{kind_of(self.recurrence)}': {name} holds a tensor of shape "
-                f"{tuple(given.shape)}; must be {tuple(like.shape)}"
+                f"{tuple(given.shape)}; must be {tuple(shape)}"
             )
 
     def _telemetry(self, unrolled: Unrolled) -> dict[str, Tensor]:
         """In float32, detached. Raises TypeError for what is no number and no vector of them, ValueError for
         a name that is taken."""
         found: dict[str, Tensor] = {}
-        if AUXILIARY in unrolled.telemetry:
+        if taken := [name for name in LOGGED if name in unrolled.telemetry]:
             raise ValueError(
-                f"recurrence '{kind_of(self.recurrence)}': telemetry '{AUXILIARY}': this is what it adds to "
-                "the loss by also_predict and penalty_BL; choose another name"
+                f"recurrence '{kind_of(self.recurrence)}': telemetry '{taken[0]}': the run itself logs this; "
+                "choose another name"
             )
         for name, value in unrolled.telemetry.items():
             tensor = torch.tensor(value) if isinstance(value, int | float) else value
@@ -191,7 +195,15 @@ class LanguageModel(nn.Module):
     ) -> tuple[Stack, Unrolled]:
         self._check_length(input_ids.shape[1])
         stack = self._stack(Tokens.of(input_ids, attention_mask, documents, branches))
-        return stack, self.unroll(stack, stack.mine(input_ids), draw=draw)
+        ids_BL = stack.mine(input_ids)
+        unrolled = self.unroll(stack, ids_BL, draw=draw)
+        if not isinstance(unrolled, Unrolled):
+            raise ValueError(
+                f"recurrence '{kind_of(self.recurrence)}': returns a {type(unrolled).__name__}; must be a "
+                "lattice.protocols.Unrolled"
+            )
+        self._check_shape("hidden_BLD", unrolled.hidden_BLD, (*ids_BL.shape, self.shape.hidden_size))
+        return stack, unrolled
 
     @torch.no_grad()
     def prefill(

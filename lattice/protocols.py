@@ -86,9 +86,9 @@ class Unrolled:
     hidden_BLD: Tensor
     telemetry: Mapping[str, Tensor | float] = field(default_factory=dict)
     """Numbers or vectors to log, e.g. `residuals`: relative change at each iteration."""
-    also_predict: Sequence[tuple[Tensor, float]] = ()
+    also_predict: Sequence[tuple[Tensor, Tensor | float]] = ()
     """Further hidden states (B, L, D), after the final norm, that a training step makes predict the same
-    tokens, each with the weight of its loss: deep supervision (Lee et al., arXiv 1409.5185)."""
+    tokens, each with the weight, a number, of its loss: deep supervision (Lee et al., arXiv 1409.5185)."""
     penalty_BL: Tensor | None = None
     """What a training step minimises besides, for each token, in nats."""
 
@@ -326,7 +326,9 @@ class Optimizer(Protocol):
     """Largest global gradient norm; 0 for no clipping."""
 
     @abstractmethod
-    def build(self, model: nn.Module) -> torch.optim.Optimizer: ...
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """A checkpoint keeps the tensors of its state, and what JSON can hold of its parameter groups. The
+        `lr` of each group is its peak: all follow the schedule."""
 
 
 class Schedule(Protocol):
@@ -503,7 +505,8 @@ class Evaluator(Protocol):
     """Steps between evaluations while training; 0 for the end only."""
 
     @abstractmethod
-    def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]: ...
+    def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
+        """Figures, and texts to look at, by name."""
 
     def check(self, subject: EvaluationSubject) -> None:
         """Asked before the first step of a training, on the first rank alone. Raises ValueError, OSError or

@@ -17,7 +17,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,7 +56,8 @@ class RunExists(ValueError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the directory for one process; the lock goes with the process. Raises RunExists, CannotWrite."""
+    """Holds the directory for one process; the lock goes with the process, whatever becomes of those that it
+    forks. Raises RunExists, CannotWrite."""
     atomic.make_folder(folder)
     with (folder / ".lock").open("w") as file:
         try:
@@ -65,7 +66,23 @@ def locked(folder: Path) -> Iterator[None]:
             raise RunExists(
                 f"another process is training in '{folder}': choose another with --out"
             ) from error
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
+
+
+_locks = set[TextIO]()
+"""Held by this process. A lock belongs to the open file, which a forked process has open as well."""
+
+
+def _in_child() -> None:
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def open_run(folder: Path, recipe: Recipe) -> None:
@@ -165,7 +182,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, first_step: int, *, evaluates_again: bool = False) -> None:
         path = folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        lines = _lines(path)
         last = {True: first_step, False: first_step - 1 if evaluates_again else first_step}
         parsed = [(line, row) for line in lines if (row := _row(line))]
         kept = [(line, row) for line, row in parsed if row["step"] <= last["loss" in row]]
@@ -174,15 +191,27 @@ class MetricsFile:
         at_first = [row for _, row in kept if row["step"] == first_step and "loss" not in row]
         self.evaluated = sorted({key.partition("/")[0] for row in at_first for key in row if "/" in key})
         """The evaluators whose figures of `first_step` are there."""
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def log(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Raises CannotWrite."""
+        with atomic.naming(self._path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Until all lines are on the disk, as before a checkpoint that goes on from them."""
+        with atomic.naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with closing(self._file):
+            self.sync()
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file that may not be there, or end in bytes that a crash left."""
+    return path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -196,14 +225,11 @@ def _row(line: str) -> dict[str, Any] | None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without one that is being written; none where there is no file."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [row for line in lines if (row := _row(line))]
+    return [row for line in _lines(path) if (row := _row(line))]
 
 
 def training_steps(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every training step so far, in order."""
+    """The metrics of every training step so far, in order; none where the file is not there."""
     return [row for row in read_metrics(folder / METRICS) if "loss" in row]
 
 

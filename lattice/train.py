@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 
-from lattice import atomic, hardware, preflight, run_folder, state
+from lattice import atomic, hardware, preflight, run_folder, state, user_code
 from lattice.arrangement import together
 from lattice.assemble import TrainingGraph, training_graph
 from lattice.console import Training, only_first, say
 from lattice.draws import Draw
+from lattice.figures import figures
 from lattice.hardware import choose_device
 from lattice.interrupts import StopRequest
 from lattice.launch import Agreed, Launch
+from lattice.model import AUXILIARY
 from lattice.protocols import Batch, MetricWriter
 from lattice.rank_log import RankLog
 from lattice.recipe import Recipe, RecipeError, load_recipe
@@ -60,6 +62,7 @@ def train(
     device = choose_device(recipe.run.device, local_rank=launch.local_rank)
     with only_first(launch.rank), joined(world, device, recipe.run.timeout):
         world.agree("the resolved recipe", recipe.to_toml())
+        world.agree("the code that 'imports' names", user_code.digest(recipe.imports))
         return _train(recipe, folder, world, device)
 
 
@@ -83,8 +86,6 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
             gathered_fits=gathered_fits,
         )
         world.from_first(lambda: preflight.check_evaluators(recipe, graph.subject(0)))
-        # Only now: a recipe whose parts do not fit leaves no run behind.
-        world.from_first(lambda: run_folder.open_run(folder, recipe))
         torch.manual_seed(recipe.run.seed)
         resumed = state.resume(graph) or {"step": 0, "seconds": 0.0}
         if resumed["step"] > recipe.run.steps:
@@ -95,13 +96,29 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
                 ]
             )
         if resumed["step"]:
-            say(f"resuming '{folder}' after step {resumed['step']}{_prolonged(folder, recipe)}")
+            prolonged = world.from_first(lambda: _prolonged(folder, recipe))
+            say(f"resuming '{folder}' after step {resumed['step']}{prolonged}")
+        # Only now: a recipe whose parts do not fit leaves no run behind, and none as it was.
+        world.from_first(lambda: run_folder.open_run(folder, recipe))
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
         ranks = f"{world.size} ranks, the first on " if world.size > 1 else ""
         say(f"{parameters:,} parameters on {ranks}{graph.device}; the run's directory is '{folder}'")
         log.event("ready", step=resumed["step"])
         watch = stack.enter_context(Watch(folder, world, recipe.run.timeout, log).on())
-        return Loop(graph, resumed["step"], resumed["seconds"], watch).run()
+        try:
+            return Loop(graph, resumed["step"], resumed["seconds"], watch).run()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                "a process that reads data ended unexpectedly, perhaps for lack of memory: the same command "
+                f"goes on, with fewer data.workers if need be; {_last_good(graph)}"
+            ) from error
+
+
+def _last_good(graph: TrainingGraph) -> str:
+    good = graph.checkpointer.latest()
+    return f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
 
 
 def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -117,12 +134,14 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _prolonged(folder: Path, recipe: Recipe) -> str:
-    """What is said of a run that had taken all the steps it was to take, and is given more."""
-    if not (folder / run_folder.SUMMARY).is_file():
+    """What is said of a run that is given another number of steps than it had."""
+    before = run_folder.read_table(folder)["run"]["steps"]
+    if before == recipe.run.steps:
         return ""
+    ended = ", where it had ended" if run_folder.finished(folder, before) else ""
     return (
-        f", where it had ended: with {recipe.run.steps} steps its learning rate follows another schedule "
-        "from here on"
+        f"{ended}: with {recipe.run.steps} steps in place of {before} its learning rate follows another "
+        "schedule from here on"
     )
 
 
@@ -194,9 +213,9 @@ class Loop:
     def _step(self, done: int, batches: list[Batch]) -> dict[str, Any]:
         """Takes step number `done` (from 1) and returns its line of metrics."""
         graph, start = self.graph, time.perf_counter()
-        lr = graph.peak_lr * graph.schedule.factor(done - 1, self.run_options.steps)
-        for group in graph.optimizer.param_groups:
-            group["lr"] = lr
+        factor = graph.schedule.factor(done - 1, self.run_options.steps)
+        for group, built in zip(graph.optimizer.param_groups, graph.built_groups, strict=True):
+            group["lr"] = built["lr"] * factor
         losses, telemetry = self._forward_backward(done, batches)
         self.watch.at(done, "update")
         limit = math.inf if graph.grad_clip is None else graph.grad_clip
@@ -211,15 +230,10 @@ class Loop:
             "step": done,
             "tokens": done * tokens,
             "loss": loss,
-            "lr": lr,
+            "lr": graph.peak_lr * factor,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens / (time.perf_counter() - start),
         }
-        if clash := row.keys() & telemetry.keys():
-            raise ValueError(
-                f"the recurrence logs {', '.join(sorted(clash))}, which the run itself logs: its telemetry "
-                "needs other names"
-            )
         return {**row, **telemetry}
 
     def _forward_backward(self, done: int, batches: list[Batch]) -> tuple[list[float], dict[str, Any]]:
@@ -228,7 +242,7 @@ class Loop:
         graph, world = self.graph, self.graph.world
         draw = Draw(self.run_options.seed, done - 1)
         count = self._targets(done, batches)
-        losses, telemetry, passes = [], [], 0
+        losses, auxiliary, telemetry, passes = [], [], [], 0
         for number, batch in enumerate(batches, 1):
             batch = batch.to(graph.device)
             with graph.spread.micro_batch(last=number == len(batches)):
@@ -242,13 +256,19 @@ class Loop:
                 self.watch.at(done, "backward")
                 (output.objective_sum / count).backward()  # type: ignore[no-untyped-call]
             losses.append(output.loss_sum.detach() / count)
+            if output.auxiliary_sum is not None:
+                auxiliary.append(output.auxiliary_sum.detach() / count)
             telemetry.append(output.telemetry)
             passes += output.passes
         graph.spread.finish()
-        passes_R, losses_R = zip(*world.gather([passes, float(torch.stack(losses).sum())]), strict=True)
+        mine = [passes, float(sum(losses)), float(sum(auxiliary))]
+        passes_R, losses_R, auxiliary_R = zip(*world.gather(mine), strict=True)
         world.same(f"the number of passes in step {done}, {passes} here,", passes_R)
         means = {name: torch.stack([one[name] for one in telemetry]).mean(0) for name in telemetry[0]}
-        return list(losses_R), world.means(means) if means else {}
+        logged = world.means(means) if means else {}
+        if auxiliary:
+            logged[AUXILIARY] = sum(auxiliary_R) / graph.spread.copies
+        return list(losses_R), logged
 
     def _targets(self, done: int, batches: list[Batch]) -> float:
         """Of all ranks, which have come to the same step."""
@@ -264,8 +284,7 @@ class Loop:
     ) -> NonFiniteLoss:
         graph = self.graph
         self._saved()
-        good = graph.checkpointer.latest()
-        last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        last = _last_good(graph)
         read = graph.world.all("; ".join(batch.identity for batch in batches))
         at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
@@ -289,7 +308,7 @@ class Loop:
             self.watch.at(done, "evaluation")
             graph.model.eval()
             with graph.spread.whole():
-                self.results[name] = graph.evaluators[name].evaluate(graph.subject(done))
+                self.results[name] = figures(name, graph.evaluators[name], graph.subject(done))
             graph.model.train()
             values = {f"{name}/{key}": value for key, value in self.results[name].items()}
             self._log({"step": done, "tokens": done * self.run_options.batch_tokens, **values})
@@ -297,6 +316,8 @@ class Loop:
 
     def _save(self, done: int) -> None:
         self.watch.at(done, "checkpoint")
+        if self.graph.world.rank == 0:
+            self._file.sync()
         facts = state.facts(self.graph, done, time.perf_counter() - self.started)
         self.graph.checkpointer.save(done, state.tensors(self.graph), facts)
 
@@ -335,6 +356,11 @@ class Loop:
         graph, options = self.graph, self.run_options
         seconds = time.perf_counter() - self.started
         steps = run_folder.training_steps(graph.folder)
+        if not steps:
+            raise ValueError(
+                f"{graph.folder / run_folder.METRICS} holds no step of a run that has taken {options.steps}: "
+                "restore it, or train anew with --out"
+            )
         tokens = options.steps * options.batch_tokens
         summary: dict[str, Any] = {
             "steps": options.steps,

@@ -5,6 +5,8 @@ Kept in `imports/`, under the name of the file.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,6 +31,15 @@ def found(run: Path, imports: Sequence[str]) -> list[str]:
     what the run began with."""
     copies = _copies(run, imports)
     return [_one(name, copies[name]) if name in copies else name for name in imports]
+
+
+def digest(imports: Sequence[str]) -> str:
+    """Of the files that imports which are loaded came from, on this machine."""
+    files = [name if name.endswith(".py") else sys.modules[name].__file__ for name in imports]
+    content = hashlib.sha256()
+    for file in filter(None, files):  # a package may be a folder without a file
+        content.update(Path(file).read_bytes())
+    return content.hexdigest()
 
 
 def _one(name: str, copy: Path) -> str:

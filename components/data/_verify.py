@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lattice.atomic import write_json
+from lattice.atomic import CannotWrite, write_json
 from lattice.components.data._shards import Shard, TokenStream
+from lattice.console import errors
 
 VERIFIED = "verified.json"
 CHUNK = 1 << 23
@@ -41,7 +42,13 @@ def verify(streams: Sequence[TokenStream], cache: Path) -> None:
         for keys in pool.map(lambda item: _check(*item), todo):
             known |= keys
     # Another process may have added its own in the meantime; what is lost is only verified again.
-    write_json(path, sorted(known | _load(path)))
+    try:
+        write_json(path, sorted(known | _load(path)))
+    except CannotWrite as error:
+        hint = "set XDG_CACHE_HOME, or data.verify = false"
+        errors.print(
+            f"warning: {error}: the data is verified by every run; {hint}", markup=False, soft_wrap=True
+        )
 
 
 def _check(shard: Shard, vocab_size: int) -> set[str]:

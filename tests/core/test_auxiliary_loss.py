@@ -47,7 +47,7 @@ def test_objective_and_gradients(batch):
     torch.testing.assert_close(output.objective, expected, check_dtype=False)
     torch.testing.assert_close(output.loss, loss, check_dtype=False)
     added = (expected - loss).float()
-    torch.testing.assert_close(output.telemetry["auxiliary_loss"], added, check_dtype=False)
+    torch.testing.assert_close(output.auxiliary_sum / output.count, added, check_dtype=False)
     found = torch.autograd.grad(output.objective, list(model.parameters()))
     torch.testing.assert_close(found, gradients)
 
@@ -57,7 +57,6 @@ def test_evaluation_knows_the_loss_alone(batch):
     output = model_of()(ids, targets=targets)
     assert output.auxiliary_sum is None
     assert output.objective == output.loss
-    assert "auxiliary_loss" not in output.telemetry
 
 
 def test_it_conforms_and_what_it_costs_is_counted():
@@ -73,6 +72,11 @@ def test_it_conforms_and_what_it_costs_is_counted():
         ),
         ({"penalty_BL": torch.zeros(9)}, r"penalty_BL holds a tensor of shape \(9,\); must be \(2, 9\)"),
         ({"telemetry": {"auxiliary_loss": 1.0}}, "telemetry 'auxiliary_loss': .* choose another name"),
+        (
+            {"also_predict": [(torch.zeros(2, 9, 16), torch.ones(2, 9))]},
+            r"also_predict holds a weight of shape \(2, 9\); must be a number",
+        ),
+        ({"hidden_BLD": torch.zeros(2, 9, 1, 16)}, r"hidden_BLD holds a tensor of shape \(2, 9, 1, 16\)"),
     ],
 )
 def test_what_does_not_fit_is_named(batch, change, message):
@@ -80,4 +84,12 @@ def test_what_does_not_fit_is_named(batch, change, message):
     right = model.unroll
     model.unroll = lambda *inputs, **named: dataclasses.replace(right(*inputs, **named), **change)
     with pytest.raises(ValueError, match=f"recurrence 'test_supervised': {message}"):
+        model(ids, targets=targets, draw=DRAW)
+
+
+def test_what_is_no_unrolled_is_named(batch):
+    model, (ids, targets) = model_of(), batch
+    right = model.unroll
+    model.unroll = lambda *inputs, **named: right(*inputs, **named).hidden_BLD
+    with pytest.raises(ValueError, match="recurrence 'test_supervised': returns a Tensor; must be a lattice"):
         model(ids, targets=targets, draw=DRAW)

@@ -3,8 +3,9 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lattice.components.data.embedded import Embedded
 from lattice.components.recurrence.none import NoRecurrence, OnePass
 from lattice.launch import Launch
 from lattice.protocols import Unrolled
@@ -20,6 +21,15 @@ class Misbehaving(NoRecurrence):
 
     def build(self, shape):
         return Pass(self)
+
+
+@register("data", "test_of_rank")
+@dataclass(frozen=True, kw_only=True)
+class OfRank(Embedded):
+    """Other text on each rank, as where one host's copy is of another day."""
+
+    def open(self, request):
+        return Embedded.open(replace(self, megabytes=self.megabytes + Launch.here().rank / 2), request)
 
 
 class Pass(OnePass):

@@ -73,9 +73,9 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    return folder, train_on(
-        2, {what: misbehaving(what) for what in ("nan", "more_passes", "SIGTERM")}, folder
-    )
+    cases = {what: misbehaving(what) for what in ("nan", "more_passes", "SIGTERM")}
+    cases["data"] = {**misbehaving("nan", rank=9), "data": {"kind": "test_of_rank", "megabytes": 0.2}}
+    return folder, train_on(2, cases, folder)
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_all_and_names_rank_and_batch(faults):
@@ -96,6 +96,9 @@ def test_ranks_that_do_different_things_are_told_apart(faults):
     for of_rank in said["more_passes"]:
         assert of_rank["error"] == "Disagreement"
         assert re.search("rank 1: the number of passes in step 3", of_rank["message"])
+    for of_rank in said["data"]:
+        assert of_rank["error"] == "Disagreement"
+        assert of_rank["message"] == "rank 1: the data is not that of rank 0"
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(faults, undisturbed):

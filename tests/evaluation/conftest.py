@@ -4,16 +4,15 @@ import json
 
 import pytest
 
-from tests.evaluation.small_runs import QUESTIONS, TEXTS, train
+from tests.evaluation.small_runs import QUESTIONS, TEXTS, THINKING, train
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    thinking = {"kind": "latent_thoughts", "thoughts": 2, "jacobi": {"train": [1, 2], "eval": 2}}
     return {
         "plain": train(folder / "plain"),
-        "thinking": train(folder / "thinking", recurrence=thinking),
+        "thinking": train(folder / "thinking", recurrence=THINKING),
     }
 
 

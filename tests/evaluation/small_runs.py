@@ -19,6 +19,7 @@ RECIPE = {
     "evaluators": {"validation": {"kind": "perplexity", "every": 2, "max_tokens": 256}},
     "checkpoint": {"kind": "dcp", "every": 100},
 }
+THINKING = {"kind": "latent_thoughts", "thoughts": 2, "jacobi": {"train": [1, 2], "eval": 2}}
 QUESTIONS = [
     {"q": "The sky is", "options": ["blue", "green and wet", "x"], "gold": 0},
     {"q": "Two and two make", "options": ["five", "four"], "gold": 1},

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.evaluation.small_runs import QUESTIONS, RECIPE, command, train
+from lattice import evaluate
+from tests.evaluation.small_runs import QUESTIONS, RECIPE, THINKING, command, train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
 
@@ -54,6 +55,32 @@ def test_tensorboard_keeps_what_earlier_evaluations_found(runs, tasks, tmp_path)
     board = EventAccumulator(str(folder / "evaluation/as_trained/tensorboard"))
     board.Reload()
     assert {"choices/0shot/acc", "choices/1shot/acc", "documents/loss"} <= set(board.Tags()["scalars"])
+
+
+def test_all_settings_are_of_one_checkpoint(tmp_path, monkeypatch):
+    """Of a run that goes on meanwhile, too."""
+
+    def and_train_on(*arguments, **options):
+        subject = right(*arguments, **options)
+        train(folder, recurrence=THINKING, run={**RECIPE["run"], "steps": subject.step + 1})
+        return subject
+
+    folder, right = train(tmp_path / "run", recurrence=THINKING), evaluate.subject_of
+    monkeypatch.setattr(evaluate, "subject_of", and_train_on)
+    rows = evaluate.evaluate(folder, evaluate.Wanted(limit=1), thoughts=[0, 1, 2])
+    assert {row["step"] for row in rows} == {4}
+
+
+def test_a_run_that_may_not_be_written_is_evaluated_all_the_same(runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["plain"], folder, ignore=shutil.ignore_patterns("evaluation"))
+    (folder / "evaluation").write_text("in the way of the curves, for root too")
+    out = tmp_path / "found.jsonl"
+    assert command("eval", folder, "--thoughts", 0, "--limit", 1, "--out", out) == 0
+    assert "warning: " in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 2
+    assert command("eval", folder, "--limit", 1, "--out", folder / "recipe.toml" / "found.jsonl") == 2
+    assert "recipe.toml is no directory" in capsys.readouterr().err
 
 
 def test_held_out_text_at_other_counts(runs, tmp_path):

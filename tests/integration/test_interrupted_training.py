@@ -19,6 +19,8 @@ from tests.integration.training_runs import checkpoints, rows, start, steps, sto
         ("precision.kind=bf16",),
         ("precision.kind=bf16", "mask.kind=document", "activation_checkpoint.kind=pass", "run.micro_batch=2"),
         ("backbone.tie_word_embeddings=true", "checkpoint.asynchronous=false", "run.micro_batch=8"),
+        ("optimizer={kind='test_descent'}",),
+        ("recurrence={kind='test_noise'}", "evaluators.draws={kind='test_drawing', every=1}"),
     ],
 )
 def test_a_run_interrupted_twice_computes_the_same_bits(overrides, whole, train, tmp_path, capsys):
@@ -33,8 +35,8 @@ def test_a_run_interrupted_twice_computes_the_same_bits(overrides, whole, train,
     summary = train(*overrides)
     assert f"resuming '{tmp_path / 'run'}' after step 8" in capsys.readouterr().out
     assert rows(tmp_path / "run") == expected
-    assert summary["last_loss"] == expected[-2]["loss"]
-    assert summary["validation_loss"] == expected[-1]["validation/loss"]
+    for named, key in (("last_loss", "loss"), ("validation_loss", "validation/loss")):
+        assert summary[named] == [row[key] for row in expected if key in row][-1]
 
 
 def test_a_signal_during_the_last_step_finishes_the_run(train, whole, tmp_path):
@@ -98,6 +100,31 @@ def test_sigterm_from_outside_and_the_lock(place, train, whole, tmp_path):
     assert rows(tmp_path / "run") == whole()
 
 
+def test_the_lock_ends_with_the_process_and_not_with_those_it_forked(tmp_path):
+    """As data workers are, which notice late that their trainer was killed."""
+    fork = multiprocessing.get_context("fork")
+    locked, over = fork.Event(), fork.Event()
+
+    def trainer():
+        with run_folder.locked(tmp_path):
+            fork.Process(target=over.wait).start()
+            locked.set()
+            time.sleep(1000)
+
+    process = fork.Process(target=trainer)
+    process.start()
+    try:
+        assert locked.wait(60)
+        with pytest.raises(run_folder.RunExists), run_folder.locked(tmp_path):
+            pass
+        process.kill()
+        process.join()
+        with run_folder.locked(tmp_path):
+            pass
+    finally:
+        over.set()
+
+
 def test_sigterm_to_all_processes_leaves_the_data_workers_alone(place, short_documents, tmp_path):
     """As torchrun and schedulers send it: what is meant for the trainer reaches its workers, too."""
     slow = ("metrics.slow.kind=test_signal", "metrics.slow.sleep=0.2")
@@ -132,6 +159,8 @@ def test_kill_9_and_the_same_command_again(step, place, train, whole, tmp_path):
     assert steps(tmp_path / "run") == list(range(1, step + 1))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # and a line that was cut short
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
     train()
     assert steps(tmp_path / "run") == list(range(1, 13))
     assert rows(tmp_path / "run") == whole()

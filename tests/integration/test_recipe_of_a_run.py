@@ -72,9 +72,10 @@ def test_a_summary_that_is_none_is_named(train, tmp_path, text):
 def test_more_steps_of_a_run_that_had_ended_are_not_taken_in_silence(train, capsys):
     train("run.steps=3")
     train("run.steps=5")
-    assert (
-        "after step 3, where it had ended: with 5 steps its learning rate follows" in capsys.readouterr().out
-    )
+    assert "after step 3, where it had ended: with 5 steps in place of 3 its lear" in capsys.readouterr().out
+    train("run.steps=8", *stop_at(6))
+    train("run.steps=9")
+    assert "after step 6: with 9 steps in place of 8 its learning rate follows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "summary.json", "checkpoints"])
@@ -121,7 +122,9 @@ def test_a_run_may_be_ended_where_it_was_stopped(train, tmp_path):
 def test_fewer_steps_than_were_taken_are_no_result(train, tmp_path):
     """A summary of 3 steps after 5 were taken would be of another model."""
     train(*stop_at(5))
+    before = (tmp_path / "run" / "recipe.toml").read_bytes()
     with pytest.raises(ValueError, match=r"run\.steps = 3.*5"):
         train("run.steps=3")
+    assert (tmp_path / "run" / "recipe.toml").read_bytes() == before
     assert not (tmp_path / "run" / "summary.json").exists()
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]

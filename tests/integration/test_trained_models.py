@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import lattice
+from lattice.components.checkpoint.dcp import DcpCheckpointer
+from lattice.load import load_subject
 from lattice.recipe import RecipeError
 from lattice.run_folder import training_steps
 from tests.integration.training_runs import rows
@@ -97,6 +99,31 @@ def test_the_users_code_of_a_run_is_kept_as_it_was(place, tmp_path, capfd):
     code.unlink()
     assert lattice.load(run, trust_imports=True).shape.hidden_size == 16
     assert f"'{code}' does not exist; in its place" in capfd.readouterr().err
+
+
+def test_a_checkpoint_by_a_link_and_from_where_it_lies(train, tmp_path, monkeypatch):
+    train("run.steps=2")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    (tmp_path / "best").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    for path in (tmp_path / "best", ".", "../step-00000002"):
+        assert lattice.load(path, trust_imports=True).training is False
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(train, tmp_path, monkeypatch):
+    """The run goes on: the latest is read in its place, and one that was named is said to be gone."""
+    train("run.steps=3", "checkpoint.every=1")
+    right, folder = DcpCheckpointer.load, tmp_path / "run" / "checkpoints"
+
+    def removed(self, path, tensors):
+        if path.name != "step-00000001":
+            shutil.rmtree(path, ignore_errors=True)
+        return right(self, path, tensors)
+
+    monkeypatch.setattr(DcpCheckpointer, "load", removed)
+    with pytest.raises(FileNotFoundError, match="step-00000003' was removed while it was read"):
+        lattice.load(folder / "step-00000003", trust_imports=True)
+    assert load_subject(tmp_path / "run", trust_imports=True).step == 1
 
 
 def test_load_of_what_is_no_run(train, tmp_path):

@@ -1,12 +1,15 @@
 """Losses that are no numbers, damaged checkpoints, a full disk: named, and no more is lost than must be."""
 
+import os
 import shutil
+import signal
 import time
 
 import pytest
 
 import lattice
 from lattice.components.checkpoint import dcp
+from lattice.components.data._source import Sequences
 from lattice.recipe import RecipeError
 from lattice.watch import Watch
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
@@ -80,7 +83,7 @@ def test_who_waits_for_a_save_is_saving(train, monkeypatch):
 
 @pytest.mark.parametrize("name", ["loss", "step"])
 def test_telemetry_cannot_take_the_place_of_what_the_run_logs(name, train):
-    with pytest.raises(ValueError, match=f"the recurrence logs {name}, which the run itself logs"):
+    with pytest.raises(ValueError, match=f"telemetry '{name}': the run itself logs this"):
         train("recurrence={kind='test_telemetry', name='" + name + "'}")
 
 
@@ -95,6 +98,34 @@ def test_telemetry_that_is_no_number_is_named(train):
         TypeError, match="'test_telemetry': telemetry 'list' is a list; must be a real number"
     ):
         train("recurrence={kind='test_telemetry', name='list'}")
+
+
+@pytest.mark.parametrize(("gives", "kind"), [("tensor", "Tensor"), ("list", "list"), ("none", "NoneType")])
+def test_what_an_evaluator_gives_that_is_no_figure_is_named(gives, kind, train):
+    with pytest.raises(
+        ValueError, match=rf"\[evaluators.odd\] gives a {kind} for 'figure'; must be a number"
+    ):
+        train(f"evaluators.odd={{kind='test_drawing', every=1, gives='{gives}'}}", "run.steps=2")
+
+
+def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step(train, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"optimizer 'test_descent': its state of .* has 'held', a int; must"
+    ):
+        train("optimizer={kind='test_descent', holds='int'}")
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+def test_a_worker_that_was_killed_is_said(train, short_documents, monkeypatch, tmp_path):
+    def killed(self, place):
+        if place and 12 in place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, place)
+
+    read = Sequences.__getitem__
+    monkeypatch.setattr(Sequences, "__getitem__", killed)
+    with pytest.raises(ChildProcessError, match=r"a process that reads data ended.*fewer data\.workers"):
+        train(*short_documents, "data.workers=1")
 
 
 def test_an_evaluator_cannot_be_named_as_the_training_loss_is(train):

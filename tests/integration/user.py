@@ -1,6 +1,7 @@
 """Components that only these tests need; a recipe imports them as it would a user's."""
 
 import os
+import random
 import signal
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lattice.components.recurrence.none import NoRecurrence, OnePass
-from lattice.protocols import Evaluator, Metrics, MetricWriter, Unrolled
+from lattice.protocols import Evaluator, Metrics, MetricWriter, Optimizer, Unrolled
 from lattice.registry import register
 
 
@@ -115,3 +116,64 @@ class NotFinitePass(PassWithOptions):
             return Unrolled(hidden * float("nan"))
         hidden.register_hook(lambda gradient: gradient * float("inf"))
         return Unrolled(hidden)
+
+
+@register("recurrence", "test_noise")
+@dataclass(frozen=True, kw_only=True)
+class Noise(NoRecurrence):
+    """The plain model, with noise from the global generator in training."""
+
+    def build(self, shape):
+        return NoisePass()
+
+
+class NoisePass(OnePass):
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
+        noise = 0 if draw is None else 0.1 * torch.randn(hidden.shape[-1])
+        return Unrolled(hidden + noise, {"residuals": torch.ones(1 if draw is None else 1 + draw.step % 3)})
+
+
+GIVEN = {"tensor": torch.tensor(1.0), "list": [1.0], "none": None, "number": 1.0}
+
+
+@register("evaluator", "test_drawing")
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Evaluator):
+    """Draws from the global generators, and gives something."""
+
+    gives: str = "number"
+    every: int = 0
+
+    def evaluate(self, subject):
+        torch.rand(3), random.random()
+        return {"figure": GIVEN[self.gives]}
+
+
+@register("optimizer", "test_descent")
+@dataclass(frozen=True, kw_only=True)
+class Descent(Optimizer):
+    """Gradient descent that counts its steps in its groups, and goes faster along vectors."""
+
+    lr: float = 1e-2
+    grad_clip: float = 1.0
+    faster: float = 10.0
+    holds: str = "tensor"
+
+    def build(self, model):
+        matrices = [one for one in model.parameters() if one.dim() > 1]
+        vectors = [one for one in model.parameters() if one.dim() < 2]
+        groups = [{"params": matrices}, {"params": vectors, "lr": self.faster * self.lr}]
+        return CountingDescent(groups, {"lr": self.lr, "count": 0, "pair": (1, 2), "holds": self.holds})
+
+
+class CountingDescent(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+            for one in group["params"]:
+                if one.grad is not None:
+                    held = torch.zeros(()) if group["holds"] == "tensor" else 0
+                    self.state[one].setdefault("held", held)
+                    one -= group["lr"] / group["count"] * one.grad
