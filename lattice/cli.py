@@ -17,6 +17,7 @@ from rich.markup import escape
 from lattice import __version__, registry
 from lattice.launch import Launch
 from lattice.protocols import ROLES
+from lattice.registry import place_of
 
 
 class _Help(DefaultFormatter):
@@ -680,7 +681,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (CycloptsError, ValueError, OSError, ImportError) as error:
         launch = Launch.here()
         whose = f"rank {launch.rank}: " if launch.size > 1 else ""
-        for line in f"{error}{_hint(error)}".splitlines() if launch.tells(error) else ():
+        for line in f"{error}{_hint(error)}{place_of(error)}".splitlines() if launch.tells(error) else ():
             errors.print(f"[bold red]error:[/] {whose}{escape(line)}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

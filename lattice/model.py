@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
         a packed batch; `targets` (B, L), already shifted, -100 does not count: with them the output holds
         the loss in place of the logits. Raises ValueError for a sequence longer than the context.
         """
-        stack, unrolled = self._unrolled(input_ids, attention_mask, documents, draw)
+        stack, unrolled = self.unrolled(input_ids, attention_mask, documents, draw)
         if targets is not None:
             targets = stack.mine(targets)
         if targets is None:
@@ -183,9 +183,9 @@ class LanguageModel(nn.Module):
         """
         if branches is not None and not self.recurrence.rows_may_branch:
             raise ValueError("branches: with this recurrence the tokens of a row depend on all of it")
-        return self._unrolled(input_ids, attention_mask, branches=branches)[1].hidden_BLD
+        return self.unrolled(input_ids, attention_mask, branches=branches)[1].hidden_BLD
 
-    def _unrolled(
+    def unrolled(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -193,6 +193,8 @@ class LanguageModel(nn.Module):
         draw: Draw | None = None,
         branches: Tensor | None = None,
     ) -> tuple[Stack, Unrolled]:
+        """What the recurrence makes of the tokens, and the stack that turns it into logits; raises as
+        `forward`."""
         self._check_length(input_ids.shape[1])
         stack = self._stack(Tokens.of(input_ids, attention_mask, documents, branches))
         ids_BL = stack.mine(input_ids)

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -187,9 +188,23 @@ def import_user_code(name: str, base: Path) -> None:
         raise ImportError(f"'{name}' does not import: {type(error).__name__}: {error}") from error
 
 
+USERS = "lattice_user_"
+"""How the modules of users' files begin."""
+
+
+def place_of(error: BaseException) -> str:
+    """Where in a user's file an error arose, in parentheses; empty for one that arose elsewhere."""
+    frames = traceback.walk_tb(error.__traceback__)
+    theirs = [(frame, line) for frame, line in frames if frame.f_globals["__name__"].startswith(USERS)]
+    if not theirs:
+        return ""
+    frame, line = theirs[-1]
+    return f" ({frame.f_code.co_filename}:{line}, in {frame.f_code.co_name})"
+
+
 def module_of(path: Path) -> str:
     """The name under which a user's file is imported."""
-    return f"lattice_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return f"{USERS}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _import_file(path: Path) -> None:

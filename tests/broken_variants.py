@@ -8,6 +8,7 @@ from torch import nn
 from lattice import register
 from lattice.components.recurrence.depth import Depth, Repetitions
 from lattice.protocols import Pass, Recurrence, Unroll, Unrolled
+from tests.supervised import BothPredict, Supervised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,3 +299,38 @@ class LoggedMatrix(Again):
     def forward(self, stack, ids_BL, *, draw=None, cache=None):
         unrolled = super().forward(stack, ids_BL, draw=draw, cache=cache)
         return unrolled if draw is None else replace(unrolled, telemetry={"gate": torch.eye(2)})
+
+
+class Penalized(Again):
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        unrolled = super().forward(stack, ids_BL, draw=draw, cache=cache)
+        return replace(unrolled, penalty_BL=self.penalty(unrolled.hidden_BLD.square().mean(-1)))
+
+
+@kind("penalty_leak")
+class PenaltyLeak(Penalized):
+    def penalty(self, size_BL):
+        return size_BL.flip(1)
+
+
+@kind("penalty_rows_mixed")
+class PenaltyRowsMixed(Penalized):
+    def penalty(self, size_BL):
+        return size_BL - size_BL.mean(0)
+
+
+@kind("penalty_random")
+class PenaltyRandom(Penalized):
+    def penalty(self, size_BL):
+        return size_BL * torch.rand(())
+
+
+@kind("supervision_leak")
+class SupervisionLeak(BothPredict):
+    def __init__(self, shape):
+        super().__init__(Supervised())
+
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        unrolled = super().__call__(stack, ids_BL, draw=draw, cache=cache)
+        (first_BLD, weight), *_ = unrolled.also_predict
+        return replace(unrolled, also_predict=[(first_BLD.roll(-1, 1), weight)])

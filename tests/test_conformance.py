@@ -1,5 +1,6 @@
 """The conformance kit: built-in kinds pass, every broken variant is caught by the check meant for it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,10 @@ BROKEN = {
     "no_gradients": "cost",
     "undeclared_step": "cost",
     "logged_matrix": "shapes",
+    "penalty_leak": "causality",
+    "penalty_rows_mixed": "batch and padding",
+    "penalty_random": "determinism",
+    "supervision_leak": "causality",
 }
 ALONE = (
     "undeclared_pass",
@@ -82,7 +87,7 @@ def test_broken_variants_are_caught(kind):
     failed = {result.check: result for result in results if not result.held}
     assert set(failed) == expected
     raises = failed[BROKEN[kind]].counterexample.startswith("raises")
-    assert raises == (kind in ("unsaid_sweeps", "logged_matrix"))
+    assert raises == (kind in ("unsaid_sweeps", "logged_matrix", "wrong_shape"))
 
 
 def test_the_same_without_the_mistake_conforms():
@@ -110,9 +115,9 @@ def test_what_is_missing_is_said():
     (result,) = check_recurrence({"kind": "uncached"}, checks=["cost"], backbones=["llama"])
     assert result.counterexample == "the cache that stack.run is given takes 0 slots a token, declared are 1"
     (result,) = check_recurrence({"kind": "read_one"}, checks=["shapes"], backbones=["llama"])
-    assert result.counterexample == (
-        "raises TypeError: read = -1: must be a slice of the stages, such as slice(-1, None)"
-    )
+    said, _, place = result.counterexample.partition(" (")
+    assert said == "raises TypeError: read = -1: must be a slice of the stages, such as slice(-1, None)"
+    assert re.search(r"broken_variants\.py:\d+, in forward\)$", place)
     (result,) = check_recurrence({"kind": "logged_matrix"}, checks=["shapes"], backbones=["llama"])
     assert "recurrence 'logged_matrix': telemetry 'gate' is a Tensor of shape (2, 2)" in result.counterexample
 

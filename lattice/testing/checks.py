@@ -27,6 +27,7 @@ from lattice.testing.subject import (
     VOCABULARY,
     Subject,
     difference,
+    outcome,
     padded,
     stepwise,
 )
@@ -54,22 +55,24 @@ def shapes(subject: Subject) -> str | None:
 
 
 def causality(subject: Subject) -> str | None:
-    """No logits depend on a later token, at evaluation or in a training step."""
+    """No logits depend on a later token, at evaluation or in a training step, and nothing that a recurrence
+    adds to the loss does."""
     model = subject.model(subject.without_stop)
     for draw in (None, *STEPS):
         model.train(draw is not None)
         for length in (2, 4, CONTEXT):
             ids = subject.ids(1, length)
-            before = model(ids, draw=draw).logits
+            before = outcome(model, ids, draw)
             few = (length // 3, length // 2 - 1, length - 1)  # none of them the first of the same chunks
             for at in few if length == CONTEXT else range(1, length):
                 changed = ids.clone()
                 changed[0, at] = next(int(i) for i in subject.ids(1, 64, seed=1)[0] if i != ids[0, at])
-                gap = (model(changed, draw=draw).logits - before)[0, :at].abs().amax(dim=-1)
-                if gap.max() > EXACT:
-                    whose = f"the logits of token {int(gap.argmax())} by {gap.max():.1e}"
-                    when = "" if draw is None else f", in training step {draw.step}"
-                    return f"L={length}{when}: changing token {at} changes {whose}"
+                for what, after in outcome(model, changed, draw).items():
+                    gap = (after - before[what])[0, :at].abs().amax(dim=-1)
+                    if gap.max() > EXACT:
+                        whose = f"{what} of token {int(gap.argmax())} by {gap.max():.1e}"
+                        when = "" if draw is None else f", in training step {draw.step}"
+                        return f"L={length}{when}: changing token {at} changes {whose}"
     return None
 
 
@@ -125,10 +128,11 @@ def batch_and_padding(subject: Subject) -> str | None:
                     if gap > EXACT:
                         return f"{where}: {way} of row {row} differs from the row alone by {gap:.1e}"
             each_row = torch.eye(len(lengths), dtype=torch.bool)[:, :, None] & mask.bool()
-            for row, gap in enumerate(_from_others(subject, trained, ids, each_row, attention_mask=mask)):
+            changes = _from_others(subject, trained, ids, each_row, attention_mask=mask)
+            for row, (gap, what) in enumerate(changes):
                 if gap > EXACT:
                     others = "changing padding and other rows changes"
-                    return f"{where}, in a training step: {others} the logits of row {row} by {gap:.1e}"
+                    return f"{where}, in a training step: {others} {what} of row {row} by {gap:.1e}"
     return None
 
 
@@ -146,27 +150,28 @@ def documents(subject: Subject) -> str | None:
             if gap > EXACT:
                 return f"documents {numbers}: logits of document {number} differ from it alone by {gap:.1e}"
         changes = _from_others(subject, trained, ids, each_document, documents=document)
-        for number, gap in enumerate(changes):
+        for number, (gap, what) in enumerate(changes):
             if gap > EXACT:
-                others = f"changing others changes the logits of document {number}"
+                others = f"changing others changes {what} of document {number}"
                 return f"documents {numbers}, in a training step: {others} by {gap:.1e}"
     return None
 
 
 def _from_others(
     subject: Subject, model: LanguageModel, ids: torch.Tensor, parts: torch.Tensor, **inputs: torch.Tensor
-) -> list[float]:
-    """By how much the logits of each of the `parts` (…, B, L) of the tokens change in some training step when
-    all others are replaced. They are not compared with those alone: what is drawn for noise may depend on the
-    shape."""
+) -> list[tuple[float, str]]:
+    """By how much what comes of each of the `parts` (…, B, L) of the tokens changes in some training step
+    when all others are replaced, and what. It is not compared with the part alone: what is drawn for noise
+    may depend on the shape."""
     rows, length = ids.shape
     others = subject.ids(rows, length, seed=1)
-    changes = [0.0] * len(parts)
+    changes = [(0.0, "")] * len(parts)
     for draw in STEPS:
-        before = model(ids, draw=draw, **inputs).logits
+        before = outcome(model, ids, draw, **inputs)
         for index, kept in enumerate(parts):
-            after = model(torch.where(kept, ids, others), draw=draw, **inputs).logits
-            changes[index] = max(changes[index], difference(before[kept], after[kept]))
+            after = outcome(model, torch.where(kept, ids, others), draw, **inputs)
+            gaps = [(difference(before[what][kept], after[what][kept]), what) for what in before]
+            changes[index] = max(changes[index], *gaps)
     return changes
 
 
@@ -213,11 +218,11 @@ def determinism(subject: Subject) -> str | None:
         name = "evaluation" if draw is None else f"training step {draw.step}"
         model.train(draw is not None)
         torch.manual_seed(1)
-        first = model(ids, draw=draw).logits
+        first = outcome(model, ids, draw)
         torch.manual_seed(2)
-        gap = difference(first, model(ids, draw=draw).logits)
-        if gap > 0:
-            return f"B=2, L=4, {name}: two forwards differ by {gap:.1e}"
+        for what, second in outcome(model, ids, draw).items():
+            if (gap := difference(first[what], second)) > 0:
+                return f"B=2, L=4, {name}: two forwards differ by {gap:.1e} in {what}"
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lattice.registry import place_of
 from lattice.testing import checks
 from lattice.testing.subject import BACKBONES, Subject
 
@@ -57,7 +58,7 @@ def run_checks(
                 try:
                     found = CHECKS[name](subject)
                 except Exception as error:  # a variant may raise anything: that is its counterexample
-                    found = f"raises {type(error).__name__}: {error}"
+                    found = f"raises {type(error).__name__}: {error}{place_of(error)}"
             yield CheckResult(check=name, claim=claim, backbone=backbone, counterexample=found)
 
 

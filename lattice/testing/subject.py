@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lattice.build import build_model
+from lattice.draws import Draw
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import Recurrence
@@ -95,6 +96,19 @@ class Subject:
             return component.with_iterations(component.slots * length)
         except ValueError as error:
             raise ValueError(f"parallel_is_exact is False, and nothing can be compared: {error}") from error
+
+
+def outcome(model: LanguageModel, ids_BL: Tensor, draw: Draw | None, **inputs: Tensor) -> dict[str, Tensor]:
+    """The logits (B, L, V), and in a training step, for each token, what else the recurrence adds to its loss
+    (B, L, …), by the names of a counterexample."""
+    stack, unrolled = model.unrolled(ids_BL, inputs.get("attention_mask"), inputs.get("documents"), draw)
+    found = {"the logits": stack.logits(unrolled.hidden_BLD)}
+    if draw is not None:
+        for number, (hidden_BLD, weight) in enumerate(unrolled.also_predict):
+            found[f"the logits of also_predict[{number}]"] = weight * stack.logits(hidden_BLD)
+        if unrolled.penalty_BL is not None:
+            found["penalty_BL"] = unrolled.penalty_BL.unsqueeze(-1)
+    return found
 
 
 def stepwise(model: LanguageModel, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
