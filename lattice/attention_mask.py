@@ -116,20 +116,26 @@ def block_mask(mask: Mask, queries: Slots, keys: Slots) -> Blocks:
 
     allow_graphs()  # past torch's own limit FlexAttention goes on uncompiled, and holds all scores
 
-    def mask_mod(row: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-        query, key = queries.at(row, query_index), keys.at(row, key_index)
-        return _composed(query, key, mask.sees(query, key))
+    def pairs(device: torch.device) -> Callable[..., Tensor]:
+        queries_there, keys_there = queries.to(device), keys.to(device)
 
+        def mask_mod(row: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+            query, key = queries_there.at(row, query_index), keys_there.at(row, key_index)
+            return _composed(query, key, mask.sees(query, key))
+
+        return mask_mod
+
+    device = queries.stage_S.device
     seen_BQK = _seen_by_block(mask, queries, keys)
     whole_BQK = seen_BQK == BLOCK * BLOCK
     blocks = BlockMask.from_kv_blocks(
         *_listed((seen_BQK > 0) & ~whole_BQK),
         *_listed(whole_BQK),
         BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod,
+        mask_mod=pairs(device),
         seq_lengths=(len(queries.stage_S), len(keys.stage_S)),
     )
-    return Blocks(blocks, _flex_attention(queries.stage_S.device.type))
+    return Blocks(blocks, _flex_attention(device.type), pairs)
 
 
 def _seen_by_block(mask: Mask, queries: Slots, keys: Slots) -> Tensor:

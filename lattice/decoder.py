@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,15 @@ class Blocks:
     """FlexAttention's BlockMask."""
     attention: Callable[..., Tensor]
     """FlexAttention, compiled where its device has a kernel."""
+    pairs: Callable[[torch.device], Callable[..., Tensor]]
+    """Of a device: which pairs of slots within a block are seen, read from tensors there."""
+
+    def to(self, device: torch.device) -> Blocks:
+        if self.mask.kv_indices.device == device:
+            return self
+        moved = self.mask.to(device)
+        moved.mask_mod = self.pairs(device)  # torch leaves what it reads where it was
+        return replace(self, mask=moved)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,12 @@ class AttentionMask:
     allowed: Tensor | None = None
     """(B or 1, 1, Q, K), True where a query may look."""
     blocks: Blocks | None = None
+
+    def to(self, device: torch.device | str | int) -> AttentionMask:
+        """For layers on several devices: accelerate moves a layer's inputs to it, those that have `to`."""
+        device = torch.device(device)
+        allowed = None if self.allowed is None else self.allowed.to(device)
+        return replace(self, allowed=allowed, blocks=None if self.blocks is None else self.blocks.to(device))
 
 
 class Projected(NamedTuple):
@@ -79,7 +94,9 @@ class Block(nn.Module, ABC):
         """From what attention gave (…, H·E) and what went past it (…, D) to the layer's output (…, D)."""
 
     def alone(self, x_D: Tensor) -> Alone:
-        return Alone(self.project(x_D), self.local(x_D))
+        projected = self.project(x_D)
+        # Called past `forward`, where accelerate would move the input to a layer that lies elsewhere.
+        return Alone(projected, self.local(x_D.to(projected.query.device)))
 
     def forward(
         self,

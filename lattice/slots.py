@@ -13,7 +13,7 @@ Shapes: B batch, L tokens, S slots, Q queries, K keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,12 @@ class Slots:
             spread(tokens.branch_BL),
             first_stage + stages - 1,
         )
+
+    def to(self, device: torch.device) -> Slots:
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def queries(self) -> Side:
         """As the first of a pair, (B or 1, Q, 1)."""

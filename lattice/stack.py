@@ -44,7 +44,8 @@ class Fixed:
 class Stack:
     """Embedding, layers, norm and head of one backbone, over the tokens of one batch.
 
-    Masks and rotary tables are built once for each layout and used by every pass.
+    Masks and rotary tables are built once for each layout and used by every pass. What comes out lies where
+    what goes in does, though layers and head may lie on other devices: a recurrence meets one device.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Stack:
     def logits(self, hidden: Tensor) -> Tensor:
         """The head, over states that went through the final norm: (…, D) -> (…, V)."""
         logits: Tensor = self._decoder.head(hidden)
-        return logits
+        return logits.to(hidden.device)
 
     @property
     def real_BL(self) -> Tensor | None:
@@ -155,7 +156,7 @@ class Stack:
                 x_BLnD, alone = call(x_BLnD, rotary, mask, layer_cache, needed, alone), None
             return self._final_norm(x_BLnD) if norm else x_BLnD
 
-        hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD)
+        hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD).to(slots_BLnD.device)
         return hidden_BLrD if len(blocks) else hidden_BLrD[:, :, read]
 
     def _fixed_and_others(self, slots: Sequence[Tensor | Fixed], layers: int) -> tuple[Fixed | None, Tensor]:

@@ -98,6 +98,8 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(model.unroll, nn.Module):
             self.add_module(RECURRENCE.removesuffix("."), model.unroll)
         self._set_tie()
+        # A layer is called in parts: on several devices it must lie on one.
+        self._no_split_modules = {type(block).__name__ for block in model.decoder.blocks}
         self.post_init()
 
     @property

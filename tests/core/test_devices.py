@@ -3,9 +3,13 @@ and refuses most operations between its tensors and the CPU's, and what would ha
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lattice.build import build_model
+from lattice.build import build_model, undrawn_model
 from lattice.draws import Draw
+from lattice.recipe import load_recipe
 from tests.built_in import built_in
 
 BACKBONES = {
@@ -48,3 +52,35 @@ def test_a_step_and_decoding_stay_on_the_device(backbone, recurrence, mask):
     for parallel in (True, False):
         _, cache = model.prefill(ids_BL, all_real_BL, parallel=parallel)
         assert model.step(ids_BL[:, :1], cache).device.type == "meta"
+
+
+def lie_on(device, part):
+    """Weights there, and inputs moved there as by accelerate's hooks."""
+    for module in part.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty_like(weight, device=device)))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: send_to_device((args, kwargs), device), with_kwargs=True
+        )
+
+
+@pytest.mark.parametrize("on_first", [1, 3])
+@pytest.mark.parametrize("recurrence", RECURRENCES, ids=str)
+@torch.no_grad()
+def test_layers_may_lie_on_several_devices(recurrence, on_first):
+    """Tensors without values, that refuse to meet those of another device: `cpu:1` stands for another GPU."""
+    sizes = {"kind": "gpt_neox", "vocab_size": 64, **BACKBONES["gpt_neox"]}
+    with FakeTensorMode():
+        model = undrawn_model(load_recipe({"backbone": sizes, "recurrence": recurrence}))
+        decoder = model.decoder
+        parts = [decoder.embedding, *decoder.blocks, decoder.final_norm, decoder.head]
+        for index, part in enumerate(parts):
+            lie_on("cpu" if index < on_first else "cpu:1", part)
+        if isinstance(model.unroll, nn.Module):
+            lie_on("cpu", model.unroll)
+        ids_BL = torch.zeros(2, 2, dtype=torch.int64)
+        for mask_BL in (None, torch.ones_like(ids_BL)):
+            assert model(ids_BL, mask_BL).logits.device == torch.device("cpu")
+            for parallel in (True, False):
+                _, cache = model.prefill(ids_BL, mask_BL, parallel=parallel)
+                model.step(ids_BL[:, :1], cache)

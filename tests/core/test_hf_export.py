@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -371,6 +372,19 @@ def test_a_new_model_from_the_configuration_alone(pair):
     drawn = lattice.build_model({"backbone": BACKBONES["gpt_neox"], "recurrence": config.recurrence})
     for name, parameter in drawn.decoder.named_parameters():
         assert torch.equal(model.state_dict()[name], parameter), name
+
+
+def test_spread_over_several_gpus_a_layer_stays_whole(pair):
+    theirs = loaded(pair[1])
+    size = sum(4 * parameter.numel() for parameter in theirs.parameters())
+    places = accelerate.infer_auto_device_map(
+        theirs,
+        max_memory={0: 0.7 * size, 1: size, "cpu": size},
+        no_split_module_classes=theirs._no_split_modules,
+    )
+    layers = [name for name in places if name.startswith("gpt_neox.layers.")]
+    assert layers == [f"gpt_neox.layers.{index}" for index in range(3)]
+    assert {places[layer] for layer in layers} == {0, 1}
 
 
 # ── a user's own recurrence ───────────────────────────────────────────────────────────────────────

@@ -191,6 +191,17 @@ def test_block_masks_give_the_same_attention(length):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_blocks_move_with_all_that_they_read():
+    real = torch.ones(2, 140, dtype=torch.long)
+    slots = Slots.interleaved(Tokens.of(real, real, real), 2)
+    mask = AttentionMask(causal=False, blocks=block_mask(Document(), slots, slots))
+    assert mask.to("cpu").blocks is mask.blocks
+    moved = mask.to("meta").blocks.mask
+    assert moved.kv_indices.is_meta
+    place_1 = torch.zeros(1, dtype=torch.int64, device="meta")
+    assert moved.mask_mod(place_1, place_1, place_1, place_1).is_meta
+
+
 @pytest.mark.parametrize("pairs", [1, 2**16, 2**22])
 @pytest.mark.parametrize(("lengths", "stages"), [((70, 70), 2), ((128, 128), 3), ((33, 300), 1)])
 def test_blocks_are_those_that_torch_finds(pairs, lengths, stages, monkeypatch):
