@@ -287,7 +287,7 @@ def sweep(study: Path, *, out: Path | None = None, jobs: int = 1, set_: Set = No
     out
         Directory of the runs; runs/ and the study's name if not given.
     jobs
-        Runs side by side; the machine's threads are shared among them.
+        Runs side by side; the machine's threads and GPUs are shared among them.
     set_
         Overrides of all arms, table.key=value.
     """

@@ -63,6 +63,13 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(count)] if given is None else given.split(",")[:count]
+
+
 def choose_device(name: str, option: str = "run.device", *, local_rank: int = 0) -> torch.device:
     """`auto` is a GPU where there is one; of several ranks on a host, each takes its own. Raises ValueError,
     naming the option, for a device that is not there."""

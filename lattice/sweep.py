@@ -12,16 +12,18 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lattice import atomic, preflight
 from lattice.console import console, errors, say
+from lattice.hardware import visible_gpus
 from lattice.interrupts import StopRequest
 from lattice.recipe import Recipe, RecipeError, load_recipe
 from lattice.run_folder import METRICS, RECIPE, RunExists, check_same, finished, locked, read_table
@@ -58,6 +60,11 @@ class Job:
         return load_recipe(self.arm.recipe, [f"run.seed={self.seed}"])
 
     @property
+    def takes_a_gpu(self) -> bool:
+        """Whether it takes one if there is one, no matter which."""
+        return self.arm.recipe.run.device in ("auto", "cuda")
+
+    @property
     def finished(self) -> bool:
         """Whether the run has taken all its steps."""
         return finished(self.folder, self.arm.recipe.run.steps) is not None
@@ -73,6 +80,12 @@ class Job:
             return 0, None
         losses = [row["loss"] for row in rows if "loss" in row]
         return max((row["step"] for row in rows), default=0), losses[-1] if losses else None
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    gpu: str | None
+    """As CUDA_VISIBLE_DEVICES names it; None where the run sees all of them, or there is none."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,8 @@ def jobs_of(study: Study, out: Path) -> list[Job]:
 
 
 def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
-    """Trains whatever is not finished, `at_once` runs side by side, the machine's threads shared among them.
+    """Trains whatever is not finished, `at_once` runs side by side, the machine's threads and GPUs shared
+    among them.
 
     A failed run is reported and the others go on. After SIGINT or SIGTERM the running ones save their state
     and stop; calling again goes on. Raises RecipeError where an arm cannot be trained here.
@@ -117,16 +131,20 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
             say(f"{len(left)} of {len(jobs)} runs to do; they lie in '{out}'")
         stop = stack.enter_context(StopRequest())
         bars = stack.enter_context(_Bars(jobs, left))
-        running: dict[Job, subprocess.Popen[bytes]] = {}
+        gpus = visible_gpus()
+        side_by_side = min(at_once, sum(job.takes_a_gpu for job in left))
+        if side_by_side > len(gpus) > 0:
+            say(f"{side_by_side} runs at once share {len(gpus)} GPUs, and their memory")
+        running: dict[Job, Running] = {}
         while left or running:
             while left and len(running) < at_once and not stop.received:
                 job = left.popleft()
-                running[job] = _start(job, at_once)
+                running[job] = _start(job, at_once, _free(gpus, running) if job.takes_a_gpu else None)
                 bars.start(job)
             if stop.received:
                 return _stop(running, stop.received, outcome)
             time.sleep(POLL_SECONDS)
-            for job, process in list(running.items()):
+            for job, (process, _) in list(running.items()):
                 bars.update(job)
                 if process.poll() is not None:
                     del running[job]
@@ -171,24 +189,33 @@ def _check(jobs: Sequence[Job]) -> None:
         raise RecipeError(problems)
 
 
-def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
+def _free(gpus: Sequence[str], running: Mapping[Job, Running]) -> str | None:
+    """The GPU that the fewest runs have."""
+    taken = Counter(gpu for _, gpu in running.values())
+    return min(gpus, key=taken.__getitem__, default=None)
+
+
+def _start(job: Job, at_once: int, gpu: str | None) -> Running:
     command = [sys.executable, "-m", "lattice", "run", str(job.recipe)]
     command += ["--out", str(job.folder), "--set", f"run.seed={job.seed}"]
     environment = dict(os.environ)
     if at_once > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         # A session of its own: what a terminal sends to all reaches a run once, from here.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
+    return Running(process, gpu)
 
 
-def _stop(running: dict[Job, subprocess.Popen[bytes]], signal: str, outcome: Outcome) -> Outcome:
-    for process in running.values():
+def _stop(running: Mapping[Job, Running], signal: str, outcome: Outcome) -> Outcome:
+    for process, _ in running.values():
         process.terminate()
-    for process in running.values():
+    for process, _ in running.values():
         process.wait()
     say(f"{signal}: the runs stopped and saved; the same command goes on from there")
     return Outcome(outcome.folders, outcome.failed, signal)

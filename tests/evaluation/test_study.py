@@ -12,6 +12,7 @@ import time
 
 import pytest
 import tomli_w
+import torch
 from matplotlib.axes import Axes
 
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
@@ -225,6 +226,28 @@ def test_an_interrupted_sweep_loses_nothing(tmp_path):
 
     assert losses(metrics) == losses(whole / "metrics.jsonl")
     assert all(job.finished for job in jobs_of(study, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("jobs", "shared"), [(1, [0]), (2, [0, 1]), (3, [0, 0, 1])])
+def test_each_run_has_a_gpu_of_its_own_while_there_are_enough(tmp_path, monkeypatch, capsys, jobs, shared):
+    """The runs wait for each other, so that as many as may run at once note down their GPU while they do."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab")
+    (tmp_path / "note.py").write_text(
+        "import os, sys, time\n"
+        "if 'run' in sys.argv:\n"
+        "    open(f'gpu_{os.getpid()}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "    for _ in range(600):\n"
+        f"        if len([name for name in os.listdir() if name.startswith('gpu_')]) >= {jobs}: break\n"
+        "        time.sleep(0.1)\n"
+    )
+    base = {**RECIPE, "imports": ["note.py"], "run": {**RECIPE["run"], "device": "auto", "steps": 1}}
+    (tmp_path / "base.toml").write_text(tomli_w.dumps(base))
+    study = read_study(write(tmp_path, {"plain": {}}, seeds=list(range(jobs))))
+    assert not sweep(study, tmp_path / "out", at_once=jobs).failed
+    noted = sorted(path.read_text() for path in tmp_path.glob("gpu_*"))
+    assert noted == [["5", "GPU-ab"][index] for index in shared]
+    assert ("3 runs at once share 2 GPUs" in capsys.readouterr().out) == (jobs == 3)
 
 
 # ── comparisons ───────────────────────────────────────────────────────────────────────────────────
