@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from lattice.launch import Agreed, Launch
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -70,13 +72,19 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(count)] if given is None else given.split(",")[:count]
 
 
-def choose_device(name: str, option: str = "run.device", *, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, option: str = "run.device", *, launch: Launch | None = None) -> torch.device:
     """`auto` is a GPU where there is one; of several ranks on a host, each takes its own. Raises ValueError,
-    naming the option, for a device that is not there."""
+    naming the option, for a device that is not there, or that all ranks of a host would share."""
+    launch = launch or Launch()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{launch.local_rank}"
+    elif name.startswith("cuda:") and launch.local_size > 1:
+        raise Agreed(
+            f"{option} = '{name}': the {launch.local_size} processes of this host would share that GPU; must "
+            "be auto or cuda, with which each takes its own, or cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

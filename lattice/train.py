@@ -59,7 +59,7 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     launch = Launch.here()
     world = World(launch, together=together(recipe, launch.size))
-    device = choose_device(recipe.run.device, local_rank=launch.local_rank)
+    device = choose_device(recipe.run.device, launch=launch)
     with only_first(launch.rank), joined(world, device, recipe.run.timeout):
         world.agree("the resolved recipe", recipe.to_toml())
         world.agree("the code that 'imports' names", user_code.digest(recipe.imports))

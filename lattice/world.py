@@ -134,9 +134,20 @@ def joined(world: World, device: torch.device, timeout: float) -> Iterator[None]
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if (reason := lost(error)) is None:
             raise
-        reason = str(error).splitlines()[0]
         raise ConnectionError(f"lost the other ranks, one of which may tell why: {reason}") from error
     # After a failure the others may be gone, and parting from them could wait for ever.
     dist.destroy_process_group()
+
+
+def lost(error: RuntimeError) -> str | None:
+    """In a line, why the other ranks are out of reach; None for an error that is this rank's own."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
+        return None
+    if "NCCL error" in text and "ncclRemoteError" not in text:
+        return None
+    # NCCL begins with where it happened, and ends with why.
+    where, _, why = text.partition("Last error:")
+    return " ".join([where.splitlines()[0], *why.split()])

@@ -4,13 +4,15 @@ import json
 import time
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice.hardware import choose_device
 from lattice.launch import Agreed, Elsewhere, Launch
 from lattice.rank_log import RankLog
 from lattice.watch import EXIT, Watch, culprits
-from lattice.world import World
+from lattice.world import World, lost
 
 BEAT = {"count": 5, "places": 7, "waits": True, "place": "step 3 (backward)"}
 
@@ -114,3 +116,41 @@ def test_one_rank_on_each_host_tells_what_all_know():
 def test_an_environment_that_no_launcher_makes(name, value, others):
     with pytest.raises(ValueError, match=f"{name} = '{value}'"):
         Launch.here({name: value, **others})
+
+
+def test_a_numbered_gpu_is_refused_where_ranks_would_share_it():
+    launch = Launch(rank=1, size=2, local_rank=1, local_size=2)
+    with pytest.raises(Agreed, match=r"^run\.device = 'cuda:1': the 2 processes .* must be auto or cuda"):
+        choose_device("cuda:1", launch=launch)
+    assert choose_device("cpu", launch=launch).type == "cpu"
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:94, {}, NCCL version 2.28.9\n{}: A call failed.\nLast error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            dist.DistBackendError(
+                NCCL.format("unhandled cuda error", "ncclUnhandledCudaError", "'out of memory'")
+            ),
+            None,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (
+            dist.DistBackendError(
+                NCCL.format("remote process exited", "ncclRemoteError", "socketProgress: closed\nby peer")
+            ),
+            "remote process exited, NCCL version 2.28.9 socketProgress: closed by peer",
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1"),
+            "closed by peer",
+        ),
+        (dist.DistNetworkError("The client socket has timed out\nException raised from"), "has timed out"),
+    ],
+)
+def test_ranks_are_called_lost_only_where_they_are(error, reason):
+    said = lost(error)
+    assert said is None if reason is None else reason in said and "\n" not in said
