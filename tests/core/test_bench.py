@@ -85,6 +85,19 @@ def test_rows(kind, mode):
     json.dumps(row)
 
 
+def test_memory_on_a_gpu_is_without_that_of_the_other_cases(monkeypatch):
+    """The counters of a GPU, as they would stand beside cases that hold 5 GiB."""
+    workload = benching.Workload(Case(label="mine", thoughts=1, recipe=recipe_of()), Options())
+    workload.once()
+    mine = 4 * 3 * sum(parameter.numel() for parameter in workload.model.parameters())  # and two moments
+    monkeypatch.setattr(workload, "device", torch.device("cuda"))
+    monkeypatch.setattr(workload, "_call", lambda clock: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * 2**30 + mine)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30 + mine + 2**20)
+    assert workload._peaks()["peak_memory_mib"] == pytest.approx(mine / 2**20 + 1, rel=0.01)
+
+
 def test_recipes_take_turns(monkeypatch):
     turns, once = [], benching.Workload.once
 
