@@ -111,11 +111,15 @@ def recipe_of(
     )
 
 
-def build(recipe: lattice.Recipe, device: torch.device, *, compiled: bool = False) -> lattice.LanguageModel:
-    """Weights drawn on the device: their values do not matter here, and a large model is ready sooner."""
+def build(
+    recipe: lattice.Recipe, device: torch.device, *, compiled: bool = False, drawn: bool = True
+) -> lattice.LanguageModel:
+    """With `drawn` the weights are drawn as the recipe says, one after the other on the CPU; else they are
+    what torch gives new modules on the device, which is sooner for a large model."""
     torch.manual_seed(0)
     with device:
         model = undrawn_model(recipe)
+    if drawn:
         model.decoder.initialize(model.recurrence.initialization(model.shape))
     recipe.component("precision").apply(model)
     if compiled:

@@ -64,7 +64,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 def training_step(
     recipe: lattice.Recipe, device: torch.device, *, length: int, micro_batch: int, compiled: bool
 ) -> Callable[[], None]:
-    model = build(recipe, device, compiled=compiled)
+    model = build(recipe, device, compiled=compiled, drawn=False)
     optimizer = recipe.component("optimizer").build(model)
     precision: Precision = recipe.component("precision")
     ids_BL = some_ids(model, micro_batch, length)
@@ -168,7 +168,7 @@ def decode(options: argparse.Namespace, report: Report) -> None:
             for rows in options.batches:
                 with report.case(size=size, thoughts=count, batch=rows, prompt=prompt, new=new) as found:
                     recipe = recipe_of(size, count, device=device)
-                    model = build(recipe, device).eval()
+                    model = build(recipe, device, drawn=False).eval()
                     ids_BL = some_ids(model, rows, prompt)
                     with recipe.component("precision").autocast(device), torch.no_grad():
                         found |= decoding(model, ids_BL, new, options.repetitions)

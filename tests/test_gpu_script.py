@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lattice.decoder import Decoder
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--sizes", "tiny"]
 
@@ -76,6 +78,15 @@ def test_a_batch_that_does_not_fit_is_halved(script, monkeypatch):
     fits = 0
     with pytest.raises(torch.OutOfMemoryError):
         speed.fitted(case, options)
+
+
+def test_speed_does_not_wait_for_weights_drawn_on_the_cpu(script, monkeypatch, tmp_path):
+    def never(decoder, scheme):
+        raise AssertionError("drawn on the CPU")
+
+    monkeypatch.setattr(Decoder, "initialize", never)
+    asked = ["--thoughts", "0", "--precisions", "fp32", "--checkpointing", "none"]
+    assert script.main(["thoughts", *TINY, *asked, "--out", str(tmp_path)]) == 0
 
 
 def test_without_a_gpu(script, monkeypatch, capsys):
