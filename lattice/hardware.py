@@ -23,8 +23,8 @@ class GPU:
     """Bytes."""
     peak: float
     """Dense bfloat16 operations a second."""
-    names: str
-    """What torch calls it begins or goes on with."""
+    name: str
+    """What torch calls it, in full: a part of one, or one on another board, has another peak."""
     link: float
     """Bytes a second in one direction to the GPUs of its node."""
     network: float
@@ -34,10 +34,10 @@ class GPU:
 
 
 GPUS: dict[str, GPU] = {
-    "a100-40gb": GPU(40 * 2**30, 312e12, "A100-SXM4-40GB", 300e9, 25e9),
-    "a100-80gb": GPU(80 * 2**30, 312e12, "A100-SXM4-80GB", 300e9, 25e9),
-    "h100-80gb": GPU(80 * 2**30, 989e12, "H100 80GB HBM3", 450e9, 50e9),
-    "h200-141gb": GPU(141e9, 989e12, "H200", 450e9, 50e9),
+    "a100-40gb": GPU(40 * 2**30, 312e12, "NVIDIA A100-SXM4-40GB", 300e9, 25e9),
+    "a100-80gb": GPU(80 * 2**30, 312e12, "NVIDIA A100-SXM4-80GB", 300e9, 25e9),
+    "h100-80gb": GPU(80 * 2**30, 989e12, "NVIDIA H100 80GB HBM3", 450e9, 50e9),
+    "h200-141gb": GPU(143771 * 2**20, 989e12, "NVIDIA H200", 450e9, 50e9),
 }
 
 
@@ -46,7 +46,7 @@ def peak_of(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu.peak for gpu in GPUS.values() if gpu.names in name), None)
+    return next((gpu.peak for gpu in GPUS.values() if gpu.name == name), None)
 
 
 def describe(device: torch.device) -> str:

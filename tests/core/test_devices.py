@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lattice.build import build_model, undrawn_model
 from lattice.draws import Draw
+from lattice.hardware import peak_of
 from lattice.recipe import load_recipe
 from tests.built_in import built_in
 
@@ -84,3 +85,17 @@ def test_layers_may_lie_on_several_devices(recurrence, on_first):
             for parallel in (True, False):
                 _, cache = model.prefill(ids_BL, mask_BL, parallel=parallel)
                 model.step(ids_BL[:, :1], cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_gpu(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_of(torch.device("cuda")) == peak
