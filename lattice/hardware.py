@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lattice.launch import Agreed, Launch
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,24 @@ def choose_device(name: str, option: str = "run.device", *, launch: Launch | Non
         reason = str(error).splitlines()[0]
         raise ValueError(f"{option} = '{name}': not available here: {reason}") from error
     return device
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Within, torch takes kernels that give the same bits each time, and raises RuntimeError where it has
+    none; outside it is as it was. To be entered before the first matrix product on a GPU."""
+    if not on:
+        yield
+        return
+    before, mode = torch.backends.cudnn.deterministic, torch.get_deterministic_debug_mode()
+    workspace = os.environ.get(CUBLAS_WORKSPACE)
+    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # else torch refuses matrix products
+    torch.backends.cudnn.deterministic = True
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.deterministic = before
+        if workspace is None:
+            del os.environ[CUBLAS_WORKSPACE]

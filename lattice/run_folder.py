@@ -35,6 +35,7 @@ MAY_DIFFER = (
     "run.log_every",
     "run.micro_batch",
     "run.device",
+    "run.deterministic",
     "run.timeout",
     "data.workers",
     "data.verify",

@@ -22,6 +22,8 @@ class RunOptions:
     accumulate to batch_tokens."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, …"""
+    deterministic: bool = False
+    """On a GPU only kernels that give the same bits each time: slower; an operation that has none raises."""
     init_from: str | None = None
     """Hugging Face directory whose weights a fresh run starts from; newly drawn ones if not given. A run that
     goes on reads its own checkpoint instead."""

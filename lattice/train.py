@@ -26,7 +26,7 @@ from lattice.assemble import TrainingGraph, training_graph
 from lattice.console import Training, only_first, say
 from lattice.draws import Draw
 from lattice.figures import figures
-from lattice.hardware import choose_device
+from lattice.hardware import choose_device, deterministic
 from lattice.interrupts import StopRequest
 from lattice.launch import Agreed, Launch
 from lattice.model import AUXILIARY
@@ -51,7 +51,7 @@ def train(
     """Trains as the recipe says, or goes on where an interrupted run in `out` stopped.
 
     `out` is the run's directory, `runs/<recipe name>` if not given. Launched by torchrun, all its processes
-    call this. Returns the content of summary.json; a run that was asked to stop (SIGINT, SIGTERM) returns
+    call this. Returns the content of summary.json; a run that was asked to stop (SIGINT, SIGTERM, SIGHUP) returns
     `{"stopped_at": step, …}`. Raises RecipeError for what is wrong with the recipe, ValueError and OSError
     for what goes wrong on the way, with the last good checkpoint named.
     """
@@ -60,7 +60,11 @@ def train(
     launch = Launch.here()
     world = World(launch, together=together(recipe, launch.size))
     device = choose_device(recipe.run.device, launch=launch)
-    with only_first(launch.rank), joined(world, device, recipe.run.timeout):
+    with (
+        only_first(launch.rank),
+        deterministic(recipe.run.deterministic),
+        joined(world, device, recipe.run.timeout),
+    ):
         world.agree("the resolved recipe", recipe.to_toml())
         world.agree("the code that 'imports' names", user_code.digest(recipe.imports))
         return _train(recipe, folder, world, device)

@@ -6,9 +6,11 @@ import signal
 import time
 
 import pytest
+import torch
 
 from lattice import run_folder
 from lattice.interrupts import StopRequest
+from lattice.train import Loop
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
 
 
@@ -18,6 +20,7 @@ from tests.integration.training_runs import checkpoints, rows, start, steps, sto
         ("precision.kind=fp32",),
         ("precision.kind=bf16",),
         ("precision.kind=bf16", "mask.kind=document", "activation_checkpoint.kind=pass", "run.micro_batch=2"),
+        ("run.deterministic=true", "recurrence.feedback=softmax", "recurrence.top_k=3"),
         ("backbone.tie_word_embeddings=true", "checkpoint.asynchronous=false", "run.micro_batch=8"),
         ("optimizer={kind='test_descent'}",),
         ("recurrence={kind='test_noise'}", "evaluators.draws={kind='test_drawing', every=1}"),
@@ -50,6 +53,25 @@ def test_signal_handlers_are_put_back(train):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(*stop_at(2))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_deterministic_kernels_are_for_the_run_alone(train, monkeypatch):
+    seen, run = [], Loop.run
+
+    def watched(loop):
+        seen.append(settings())
+        return run(loop)
+
+    def settings():
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, workspace
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(Loop, "run", watched)
+    train("run.deterministic=true", "run.steps=5", *stop_at(2))
+    train("run.steps=5")  # the same run may go on without
+    assert seen == [(True, True, ":4096:8"), (False, False, None)]
+    assert settings() == seen[1]
 
 
 def test_a_forked_child_dies_of_sigterm():

@@ -64,7 +64,7 @@ kind = "sample"
         ("[run]\nseed = '3'\n", 'bad.toml:2: run.seed = "3": input should be a valid integer'),
         ("[run]\nkind = 'long'\n",
          "bad.toml:2: run.kind: unknown option. Known: seed, steps, batch_tokens, sequence_tokens, "
-         "micro_batch, device, init_from, timeout, log_every"),
+         "micro_batch, device, deterministic, init_from, timeout, log_every"),
         ("run = 3\n", "bad.toml:1: [run] must be a table, not 3"),
         ("evaluators = 3\n", "bad.toml:1: [evaluators] must hold named tables, [evaluators.name]"),
         ("mask = 'causal'\n", "bad.toml:1: [mask] must be a table, not 'causal'"),
