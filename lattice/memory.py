@@ -48,10 +48,10 @@ class Most(Draw):
         return high
 
 
-def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
-    """Predicted for a step on `rows` sequences of `length` tokens, with the most iterations that it may draw,
-    by computing it on fake tensors; one micro-batch, after the optimizer's first step. It is the last step of
-    the training: what thinks more from step to step thinks most there."""
+def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 1) -> StepMemory:
+    """Predicted for a step of `micro_batches`, each of `rows` sequences of `length` tokens, with the most
+    iterations that it may draw, by computing one of them on fake tensors, after the optimizer's first step.
+    It is the last step of the training: what thinks more from step to step thinks most there."""
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
     precision = given.as_in_memory
@@ -59,13 +59,16 @@ def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
         model = undrawn_model(recipe)
         precision.apply(model)
         ids_BL = torch.zeros(rows, length, dtype=torch.int64)
+        if micro_batches > 1:  # from the second on, all gradients are there from the start
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         live = traced_step(model, ids_BL, precision, step=recipe.run.steps - 1)
         updated = optimizer.build(model)
         updated.step()
         states = (value for state in updated.state.values() for value in state.values())
         moments = _bytes(value for value in states if isinstance(value, Tensor) and value.dim())
         weights = _bytes(model.parameters())
-        gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
+        gradients = _bytes(_gradients(model))
     parts = live.at_peak()
     if live.peak < weights + gradients:  # in the optimizer's step, when all else is gone
         parts = Counter(parameters=weights, gradients=gradients)
@@ -80,7 +83,7 @@ def step_memory(recipe: Recipe, *, rows: int, length: int) -> StepMemory:
 
 def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, step: int = 0) -> LiveTensors:
     """Forward and backward of a training's step number `step`, from 0, followed: `parameters`, `gradients`,
-    `logits` and `other`. Gradients stay."""
+    `logits` and `other`. Gradients stay; to those that are there it adds."""
     vocabulary = model.shape.vocab_size
 
     def label(tensor: Tensor) -> str:
@@ -88,7 +91,7 @@ def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, s
         return "logits" if predicts else "other"
 
     held = [*model.parameters(), *model.buffers()]
-    live = LiveTensors([*held, ids_BL], label)
+    live = LiveTensors([*held, *_gradients(model), ids_BL], label)
     live.rename(held, "parameters")
     with live:
         with precision.autocast(ids_BL.device):
@@ -96,8 +99,12 @@ def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, s
         assert loss is not None
         loss.backward()
         del loss
-    live.rename((p.grad for p in model.parameters() if p.grad is not None), "gradients")
+    live.rename(_gradients(model), "gradients")
     return live
+
+
+def _gradients(model: LanguageModel) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

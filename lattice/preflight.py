@@ -120,8 +120,8 @@ def _predicted(recipe: Recipe, world: World, present: int) -> tuple[StepMemory, 
     if parallel.memory(state, world.size, gathered=False).total > present:
         return state, False
     try:
-        rows = arranged(recipe, world.size).rows
-        return step_memory(recipe, rows=rows, length=recipe.run.sequence_tokens), True
+        ranks, length = arranged(recipe, world.size), recipe.run.sequence_tokens
+        return step_memory(recipe, rows=ranks.rows, length=length, micro_batches=ranks.micro_batches), True
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         say(f"memory is not predicted: what the recurrence computes depends on values ({error})")
         return state, False

@@ -49,14 +49,15 @@ class Resharding(Parallel):
         return self._once(bool(site.gathered_fits))
 
     def sharded_memory(self, alone: StepMemory, shards: int, *, gathered: bool) -> StepMemory:
-        """A rank's shards, and beside them all weights and gradients of a step; those of a layer, where more
-        are not there, are left out."""
-        beside = self._once(gathered)
-        parts = {
-            name: getattr(alone, name) // shards + (getattr(alone, name) if beside and shards > 1 else 0)
-            for name in ("parameters", "gradients")
-        }
-        return replace(alone, optimizer=alone.optimizer // shards, **parts)
+        """A rank's shards, and beside them all weights of a step and as many gradients; those of a layer,
+        where more are not there, are left out."""
+        beside = alone.parameters if self._once(gathered) and shards > 1 else 0
+        return replace(
+            alone,
+            parameters=alone.parameters // shards + beside,
+            gradients=alone.gradients // shards + beside,
+            optimizer=alone.optimizer // shards,
+        )
 
     def _once(self, fits: bool) -> bool:
         return self.reshard == "step" or (self.reshard == "auto" and fits)
