@@ -8,6 +8,9 @@ from lattice.memory import StepMemory
 from lattice.protocols import Backbone, Parallel
 from lattice.recipe import Recipe, RecipeError
 
+RESERVE = 0.06
+"""Share of a GPU's memory that the driver, the libraries and fragments take."""
+
 
 @dataclass(frozen=True)
 class Arrangement:

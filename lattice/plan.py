@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lattice.arrangement import Arrangement, arranged, rank_memory
+from lattice.arrangement import RESERVE, Arrangement, arranged, rank_memory
 from lattice.communication import Traffic, traffic
 from lattice.hardware import GPU
 from lattice.ledger import Ledger, ledger
@@ -40,8 +40,7 @@ class Target:
     gpus: int = 1
     utilization: float = 0.4
     """Share of the peak that is reached, of all operations that are done, repeated ones too."""
-    reserve: float = 0.06
-    """Share of a GPU's memory that the driver, the libraries and fragments take."""
+    reserve: float = RESERVE
 
     def __post_init__(self) -> None:
         if self.gpus < 1:

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from lattice.arrangement import arranged, rank_memory
+from lattice.arrangement import RESERVE, arranged, rank_memory
 from lattice.build import build_model
 from lattice.console import say
 from lattice.hardware import choose_device
@@ -92,14 +92,17 @@ def _division(recipe: Recipe, world: World) -> list[str]:
 
 
 def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[str], bool | None]:
-    """What is wrong, and whether all weights and gradients fit throughout a step."""
+    """What is wrong, and whether all weights and gradients fit throughout a step with a GPU's reserve left,
+    as `lattice plan` has it. Wrong is only what needs more than there is."""
     if device.type == "cuda":
-        present, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+        present, of_card = torch.cuda.mem_get_info(device)
+        room, where = min(present, (1 - RESERVE) * of_card), torch.cuda.get_device_name(device)
     else:
-        present, where = psutil.virtual_memory().available // world.launch.local_size, "this machine"
+        room = present = psutil.virtual_memory().available // world.launch.local_size
+        where = "this machine"
         where += f", for each of {world.launch.local_size} ranks," if world.launch.local_size > 1 else ""
     alone, complete = _predicted(recipe, world, present)
-    memory, gathered = rank_memory(recipe, alone, world.size, present)
+    memory, gathered = rank_memory(recipe, alone, world.size, room)
     if memory.total <= present:
         return [], gathered if complete else None
     parts = {name: size for name, size in asdict(memory).items() if size}

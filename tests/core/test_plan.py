@@ -11,16 +11,18 @@ import torch
 
 import lattice
 from lattice import preflight
-from lattice.arrangement import arranged
+from lattice.arrangement import RESERVE, arranged
 from lattice.cli import main
 from lattice.components.recurrence.latent_thoughts import Thinking
 from lattice.components.recurrence.loop import Loop, Looping
 from lattice.hardware import GPU
+from lattice.launch import Launch
 from lattice.ledger import ledger
 from lattice.memory import step_memory, traced_step
 from lattice.plan import CHECKPOINTING, Target, cheapest, plan
 from lattice.protocols import Recurrence
 from lattice.registry import register
+from lattice.world import World
 
 BACKBONES = {
     "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 4},
@@ -278,6 +280,21 @@ def test_a_run_that_does_not_fit_is_refused(monkeypatch):
             continue
         with pytest.raises(lattice.RecipeError, match=r"too little memory: .*activations .*lattice plan"):
             preflight.check(recipe)
+
+
+def test_a_run_gathers_weights_once_a_step_where_the_plan_does(monkeypatch):
+    """On a card of which all is free: both leave the same reserve."""
+    recipe = recipe_of(data={"kind": "embedded"}, tokenizer={"kind": "bytes"})
+    recipe = lattice.load_recipe(recipe, ["backbone.vocab_size=257"])
+    alone = step_memory(recipe, rows=4, length=32)
+    gathered = recipe.component("parallel").memory(alone, 2, gathered=True).total
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "toy")
+    for card, fits in ((1.01 * gathered, False), (gathered / (1 - RESERVE) + 1, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, card=card: (card, card))
+        world = World(Launch(size=2, local_size=2))
+        assert preflight.check(recipe, world=world, device=torch.device("cuda")) is fits
+        target = Target(gpu=GPU(card, 1e12, "toy", 1e9, 1e9), gpus=2)
+        assert next(plan(recipe, [2], target)).gathered is fits
 
 
 def test_a_recurrence_whose_cost_depends_on_values_is_not_predicted(monkeypatch, capsys):
