@@ -64,7 +64,7 @@ def problems_of(recipe, overrides=()):
     return None
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(table=damaged())
 def test_whatever_a_recipe_holds_the_answer_is_a_recipe_or_its_problems(table, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "damaged.toml"
@@ -84,7 +84,7 @@ def test_whatever_a_recipe_holds_the_answer_is_a_recipe_or_its_problems(table, t
 SET = st.tuples(KEYS, KEYS, st.text(max_size=6) | st.sampled_from(["1", "[1]", "{a=1}"]))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(SET, max_size=3))
 def test_whatever_is_set_the_answer_is_a_recipe_or_its_problems(overrides):
     found = problems_of(VALID, [f"{table}.{key}={value}" for table, key, value in overrides])
