@@ -30,7 +30,8 @@ from lattice.console import say, table
 
 HERE = Path(__file__).parent
 SWEEPS = ["recurrence.solver=gauss_seidel", "recurrence.gauss_seidel={train=[2, 2], eval=2}"]
-"""Three sweeps, two after the first: nearer to the definition than three Jacobi refinements are (K = 3: 1.0e-3, 3.9e-3; docs/recurrences.md)."""
+"""Three sweeps, two after the first: nearer to the definition than three Jacobi refinements are (K = 3:
+1.0e-3, 3.9e-3; docs/recurrences.md)."""
 ARMS: dict[str, dict[str, list[str]]] = {
     "train": {"jacobi": [], "jacobi, pass": ["activation_checkpoint.kind=pass"], "sweeps": SWEEPS},
     "decode": {"jacobi": [], "sweeps": SWEEPS},
