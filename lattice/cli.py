@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import shlex
 import sys
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,9 +11,8 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Unused
 from cyclopts.help import DefaultFormatter
 from rich.markup import escape
 
-from lattice import __version__, registry
+from lattice import __version__
 from lattice.launch import Launch
-from lattice.protocols import ROLES
 from lattice.registry import place_of
 
 
@@ -89,38 +85,16 @@ def show(recipe: Path, *, set_: Set = None, origin: bool = False) -> None:
 
 @app.command
 def components(role: str | None = None) -> None:
-    """List the kinds of a role, or of all roles, with their options.
+    """List the kinds of all roles with their options, or explain those of one role or of the table [run].
 
     Parameters
     ----------
     role
-        For instance recurrence.
+        For instance recurrence; run for the table [run].
     """
-    from lattice.console import table
+    from lattice.components_report import show_components
 
-    if role is not None and role not in ROLES:
-        raise registry.UnknownName(
-            f"role '{role}' does not exist{registry.nearest(role, ROLES)} Roles: {', '.join(ROLES)}"
-        )
-    for name in [role] if role else ROLES:
-        rows = [
-            [kind, (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " "), _options(cls)]
-            for kind, cls in registry.kinds(name).items()
-        ]
-        table(name, ["kind", "what it is", "options"], rows)
-
-
-def _options(cls: Any, above: str = "") -> str:
-    """Each option with its default, as it would stand in a recipe; nested ones by their dotted names."""
-    lines = []
-    for option in fields(cls):
-        default = option.default if option.default_factory is MISSING else option.default_factory()
-        if is_dataclass(default):
-            lines.append(_options(type(default), f"{above}{option.name}."))
-            continue
-        shown = "required" if default is MISSING else "not set" if default is None else json.dumps(default)
-        lines.append(f"{above}{option.name} = {shown}")
-    return "\n".join(lines)
+    show_components(role)
 
 
 @app.command

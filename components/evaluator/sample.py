@@ -19,11 +19,15 @@ class Sample(Evaluator):
     """Continues a prompt, thoughts computed in sequence."""
 
     prompt: str
+    """What the sample goes on from."""
     max_new_tokens: int = 64
+    """Fewer where the text ends."""
     temperature: float = 0.8
+    """Logits are divided by it; 0 for the likeliest token."""
     top_p: float = 0.95
     """Of the likeliest tokens, as many as have this probability together; 1 for all."""
     seed: int = 0
+    """Of the draws."""
     every: int = 0
     """Steps between samples; 0 for the end only."""
 

@@ -29,7 +29,9 @@ class AdamW(Optimizer):
     lr: float = 1e-3
     """Peak learning rate, multiplied by the schedule."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """How much of the mean gradient, and of the mean of its square, a step keeps."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     weight_decay: float = 0.1
     """Multiplied by the learning rate of the step."""
     grad_clip: float = 1.0

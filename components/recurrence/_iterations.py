@@ -14,6 +14,7 @@ class Iterations:
     train: tuple[int, int]
     """Inclusive range; one count is drawn for each step, the same on every rank."""
     eval: int
+    """At evaluation and prefill."""
 
     def __post_init__(self) -> None:
         low, high = self.train
