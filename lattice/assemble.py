@@ -61,6 +61,8 @@ class TrainingGraph:
     schedule: Schedule
     codec: Codec
     source: Source
+    micro_batch: tuple[int, int]
+    """Its sequences and their tokens."""
     checkpointer: Checkpointer
     checkpoint_every: int
     metrics: dict[str, Metrics]
@@ -96,7 +98,8 @@ def training_graph(
     checkpoint: Checkpoint = recipe.component("checkpoint")
     data: Data = recipe.component("data")
     codec = world.in_turn(lambda: open_codec(recipe, folder / "tokenizer"))
-    source = world.in_turn(lambda: data.open(_request(recipe, codec, world)))
+    request = _request(recipe, codec, world)
+    source = world.in_turn(lambda: data.open(request))
     world.agree("the data", json.dumps(source.fingerprints, sort_keys=True))
     checkpointer = checkpointer or checkpoint.build(folder / CHECKPOINTS)
     site = Site(world=world, device=device, weights=precision.weights, gathered_fits=gathered_fits)
@@ -126,6 +129,7 @@ def training_graph(
         schedule=recipe.component("schedule"),
         codec=codec,
         source=source,
+        micro_batch=(request.micro_batch, request.sequence_tokens),
         checkpointer=checkpointer,
         checkpoint_every=checkpoint.every,
         metrics=recipe.named("metrics"),

@@ -23,7 +23,7 @@ from rich.progress import track
 from lattice import __version__, hardware
 from lattice.build import build_model
 from lattice.console import console
-from lattice.draws import Draw
+from lattice.draws import Draw, Most
 from lattice.generate import stream
 from lattice.hardware import choose_device
 from lattice.ledger import Ledger, ledger
@@ -146,7 +146,6 @@ class Workload:
         self.ids_BL, self.targets_BL = ids[:, :-1], ids[:, 1:]
         if self.options.mode == "train":
             self.optimizer = self.case.recipe.component("optimizer").build(self.model)
-            self.last = Draw(0, self.case.recipe.run.steps - 1)
             return self._train
         self.model.eval()
         if self.options.mode == "eval":
@@ -163,13 +162,21 @@ class Workload:
         with clock("data"):
             ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
         with clock("forward"), self.precision.autocast(self.device):
-            loss = self.model(ids_BL, targets=targets_BL, draw=self.last).objective
+            loss = self.model(ids_BL, targets=targets_BL, draw=self._draw()).objective
         assert loss is not None
         with clock("backward"):
             loss.backward()
         with clock("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def _draw(self) -> Draw:
+        """The last steps of the training, one a repetition: what thinks more from step to step thinks most
+        there, and what draws its iterations takes them as they come. Memory is that of the most."""
+        run, done = self.case.recipe.run, len(self.seconds)
+        if done == self.options.warm_up + self.options.repetitions:
+            return Most(run.seed, run.steps - 1)
+        return Draw(run.seed, max(0, run.steps - 1 - done))
 
     @torch.no_grad()
     def _evaluate(self, clock: Clock) -> None:

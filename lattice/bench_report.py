@@ -12,7 +12,7 @@ from lattice.atomic import make_folder
 from lattice.bench import Case, Options, bench
 from lattice.console import say, table
 from lattice.recipe import Recipe
-from lattice.thought_counts import own_thoughts, with_thoughts
+from lattice.thought_counts import as_evaluated, own_thoughts, with_thoughts
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[C
     """Counts that a recipe cannot have are left out, and said so; ValueError where it can have none."""
     if thoughts is None:
         return [
-            Case(label=label, thoughts=own_thoughts(recipe), recipe=recipe)
+            Case(label=label, thoughts=own_thoughts(recipe), recipe=as_evaluated(recipe))
             for label, recipe in recipes.items()
         ]
     counts, cases = sorted(set(thoughts)), list[Case]()

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,6 +30,22 @@ class Draw:
     def integer(self, name: str, low: int, high: int) -> int:
         """Uniform over low..high, both included."""
         return low + int(self.uniform(name) * (high - low + 1))
+
+
+class Most(Draw):
+    """The largest of every range, and the largest number of all steps up to this one: what is drawn by it is
+    taken to grow with it."""
+
+    def uniform(self, name: str) -> float:
+        return _largest(self.seed, self.step, name)
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        return high
+
+
+@lru_cache
+def _largest(seed: int, step: int, name: str) -> float:
+    return max(Draw(seed, one).uniform(name) for one in range(step + 1))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lattice.build import undrawn_model
-from lattice.draws import Draw
+from lattice.draws import Draw, Most
 from lattice.live_tensors import LiveTensors
 from lattice.model import LanguageModel
 from lattice.protocols import Optimizer, Precision
@@ -40,14 +40,6 @@ class StepMemory:
         return self.parameters + self.gradients + self.optimizer + self.logits + self.activations
 
 
-@dataclass(frozen=True)
-class Most(Draw):
-    """Draws the largest of every range."""
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        return high
-
-
 def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 1) -> StepMemory:
     """Predicted for a step of `micro_batches`, each of `rows` sequences of `length` tokens, with the most
     iterations that it may draw, by computing one of them on fake tensors, after the optimizer's first step.
@@ -62,7 +54,8 @@ def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 
         if micro_batches > 1:  # from the second on, all gradients are there from the start
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        live = traced_step(model, ids_BL, precision, step=recipe.run.steps - 1)
+        most = Most(recipe.run.seed, recipe.run.steps - 1)
+        live = traced_step(model, ids_BL, precision, draw=most)
         updated = optimizer.build(model)
         updated.step()
         states = (value for state in updated.state.values() for value in state.values())
@@ -81,9 +74,12 @@ def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 
     )
 
 
-def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, step: int = 0) -> LiveTensors:
-    """Forward and backward of a training's step number `step`, from 0, followed: `parameters`, `gradients`,
-    `logits` and `other`. Gradients stay; to those that are there it adds."""
+def traced_step(
+    model: LanguageModel, ids_BL: Tensor, precision: Precision, *, draw: Draw | None = None
+) -> LiveTensors:
+    """Forward and backward of a training step, followed: `parameters`, `gradients`, `logits` and `other`.
+    `draw` is the first step's, with the most that it may draw, if not given. Gradients stay; to those that
+    are there it adds."""
     vocabulary = model.shape.vocab_size
 
     def label(tensor: Tensor) -> str:
@@ -95,7 +91,7 @@ def traced_step(model: LanguageModel, ids_BL: Tensor, precision: Precision, *, s
     live.rename(held, "parameters")
     with live:
         with precision.autocast(ids_BL.device):
-            loss = model(ids_BL, targets=ids_BL, draw=Most(0, step)).objective
+            loss = model(ids_BL, targets=ids_BL, draw=draw or Most(0, 0)).objective
         assert loss is not None
         loss.backward()
         del loss

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import Any
 
 from lattice.options import to_table
 from lattice.protocols import Recurrence
@@ -21,16 +20,18 @@ def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
     many iterations as evaluation, so that all steps cost the same. Raises ValueError for a count that the
     recurrence cannot have."""
     recurrence: Recurrence = recipe.component("recurrence")
-    table = to_table(recurrence.with_thoughts(count))
-    return load_recipe({**recipe.table(), "recurrence": table if drawn else _as_evaluated(table)})
+    counted = load_recipe({**recipe.table(), "recurrence": to_table(recurrence.with_thoughts(count))})
+    return counted if drawn else as_evaluated(counted)
 
 
-def _as_evaluated(table: dict[str, Any]) -> dict[str, Any]:
-    """A recurrence's table with as many iterations in each training step as at evaluation."""
+def as_evaluated(recipe: Recipe) -> Recipe:
+    """The same recipe with as many iterations in each training step as at evaluation, where the recurrence
+    has a table of both."""
+    table = to_table(recipe.component("recurrence"))
     for value in table.values():
         if isinstance(value, dict) and {"train", "eval"} <= value.keys():
             value["train"] = [value["eval"]] * 2
-    return table
+    return load_recipe({**recipe.table(), "recurrence": table})
 
 
 def with_iterations(recipe: Recipe, count: int) -> Recipe:
@@ -61,8 +62,7 @@ def own_thoughts(recipe: Recipe) -> int:
     """What a recipe is called by where numbers of thoughts are compared: as often as it thinks at evaluation,
     or, of a recurrence without such a count, its slots beside the token's own."""
     recurrence: Recurrence = recipe.component("recurrence")
-    table = _as_evaluated(to_table(recurrence))
-    count = thoughts_of(load_recipe({**recipe.table(), "recurrence": table}))
+    count = thoughts_of(as_evaluated(recipe))
     return recurrence.slots - 1 if count is None else count
 
 

@@ -30,7 +30,7 @@ from lattice.hardware import choose_device, deterministic
 from lattice.interrupts import StopRequest
 from lattice.launch import Agreed, Launch
 from lattice.model import AUXILIARY
-from lattice.protocols import Batch, MetricWriter
+from lattice.protocols import Batch, MetricWriter, kind_of
 from lattice.rank_log import RankLog
 from lattice.recipe import Recipe, RecipeError, load_recipe
 from lattice.sharded import clip_gradients
@@ -51,9 +51,9 @@ def train(
     """Trains as the recipe says, or goes on where an interrupted run in `out` stopped.
 
     `out` is the run's directory, `runs/<recipe name>` if not given. Launched by torchrun, all its processes
-    call this. Returns the content of summary.json; a run that was asked to stop (SIGINT, SIGTERM, SIGHUP) returns
-    `{"stopped_at": step, …}`. Raises RecipeError for what is wrong with the recipe, ValueError and OSError
-    for what goes wrong on the way, with the last good checkpoint named.
+    call this. Returns the content of summary.json; a run that was asked to stop (SIGINT, SIGTERM, SIGHUP)
+    returns `{"stopped_at": step, …}`. Raises RecipeError for what is wrong with the recipe, ValueError and
+    OSError for what goes wrong on the way, with the last good checkpoint named.
     """
     recipe = load_recipe(recipe, overrides or [])
     folder = Path(out) if out is not None else Path("runs") / recipe.name
@@ -173,7 +173,7 @@ class Loop:
                 self._evaluate(self.first, shown, self._evaluated())
             for done in range(self.first + 1, options.steps + 1):
                 self.watch.at(done, "data")
-                row = self._step(done, next(steps))
+                row = self._step(done, next(steps, []))
                 self.watch.at(done, "log")
                 self._log(row)
                 shown.step(row)
@@ -275,13 +275,34 @@ class Loop:
         return list(losses_R), logged
 
     def _targets(self, done: int, batches: list[Batch]) -> float:
-        """Of all ranks, which have come to the same step."""
+        """Of all ranks, which have come to the same step. Raises ValueError for batches that are not as the
+        data was asked for."""
         world = self.graph.world
+        self._check(done, batches)
         mine = sum(int((batch.targets_BL != -100).sum()) for batch in batches)
         steps_R, counts_R = zip(*world.gather([done, mine]), strict=True)
         world.same("the step", steps_R)
         count: float = sum(counts_R) / world.together
+        if not count:
+            raise ValueError(f"step {done}: no target counts; the batch: {self._read(batches)}")
         return count
+
+    def _check(self, done: int, batches: list[Batch]) -> None:
+        kind, shape = kind_of(self.graph.recipe.component("data")), self.graph.micro_batch
+        if not batches:
+            raise ValueError(f"data '{kind}': ended before step {done} of {self.run_options.steps}")
+        for batch in batches:
+            for name in ("ids_BL", "targets_BL"):
+                tensor = getattr(batch, name)
+                if tensor.shape != shape or tensor.dtype != torch.int64:
+                    raise ValueError(
+                        f"data '{kind}': {name} of {batch.identity} is {tensor.dtype} of shape "
+                        f"{tuple(tensor.shape)}; must be torch.int64 of shape {shape}"
+                    )
+
+    @staticmethod
+    def _read(batches: list[Batch]) -> str:
+        return "; ".join(batch.identity for batch in batches)
 
     def _non_finite(
         self, done: int, losses: list[float], grad_norm: float, batches: list[Batch]
@@ -289,7 +310,7 @@ class Loop:
         graph = self.graph
         self._saved()
         last = _last_good(graph)
-        read = graph.world.all("; ".join(batch.identity for batch in batches))
+        read = graph.world.all(self._read(batches))
         at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
         loss = sum(losses) / graph.spread.copies

@@ -120,8 +120,10 @@ def test_a_recipe_as_it_is_has_its_own_count():
     recipes = {kind: recipe_of(recurrence={"kind": kind, option: 2}) for kind, option in COUNTED.items()}
     recipes["none"], recipes["depth"] = recipe_of("none"), recipe_of("depth")
     counts = {**dict.fromkeys(COUNTED, 2), "none": 0, "depth": 4}  # depth draws, but not at evaluation
-    rows = run_bench(recipes, None, Options(mode="eval", warm_up=0, repetitions=1), None)
+    rows = run_bench(recipes, None, Options(mode="train", warm_up=0, repetitions=1), None)
     assert {row["recipe"]: row["thoughts"] for row in rows} == counts
+    costs = {row["recipe"]: row["ledger"] for row in rows}
+    assert costs["depth"]["training_token_passes"] == costs["depth"]["evaluation_token_passes"]
 
 
 @pytest.mark.parametrize("where", ["_ready", "_train"])

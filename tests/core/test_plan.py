@@ -15,6 +15,7 @@ from lattice.arrangement import RESERVE, arranged
 from lattice.cli import main
 from lattice.components.recurrence.latent_thoughts import Thinking
 from lattice.components.recurrence.loop import Loop, Looping
+from lattice.draws import Draw
 from lattice.hardware import GPU
 from lattice.launch import Launch
 from lattice.ledger import ledger
@@ -108,6 +109,35 @@ def test_what_grows_with_the_step_is_predicted_at_the_last_one():
     sizes = [activations("test_growing", steps) for steps in (1, 2, 3, 9)]
     assert sizes[0] < sizes[1] < sizes[2] < sizes[3]
     assert sizes[3] == activations("loop", 1)
+
+
+@register("recurrence", "test_heavy_tailed")
+@dataclass(frozen=True, kw_only=True)
+class HeavyTailed(Loop):
+    """As many loops as a distribution gives whose quantiles grow with the number drawn, up to a limit."""
+
+    def build(self, shape):
+        return Drawing(self.loops, 1.0)
+
+
+class Drawing(Looping):
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        count = self.loops if draw is None else min(self.loops, int(1 / (1 - draw.uniform("loops"))))
+        return Looping(count, self.scale)(stack, ids_BL, draw=draw, cache=cache)
+
+
+def test_what_is_drawn_is_predicted_at_the_most_that_the_run_draws():
+    recipe = recipe_of(recurrence="loop", run={"batch_tokens": 256, "sequence_tokens": 32})
+
+    def activations(*overrides):
+        return step_memory(lattice.load_recipe(recipe, overrides), rows=4, length=32).activations
+
+    for seed in (0, 1):
+        most = max(int(1 / (1 - Draw(seed, step).uniform("loops"))) for step in range(6))
+        assert most > int(1 / (1 - Draw(seed, 5).uniform("loops"))), "not what the last step draws"
+        run = ("run.steps=6", f"run.seed={seed}")
+        drawn = activations("recurrence.kind=test_heavy_tailed", "recurrence.loops=99", *run)
+        assert drawn == activations("recurrence.kind=loop", f"recurrence.loops={most}", *run)
 
 
 def test_float8_is_predicted_without_its_hardware():

@@ -116,6 +116,23 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step(train, 
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("ended", "data 'test_wrong': ended before step 2 of 12"),
+        ("short", r"ids_BL of epoch 0, sequences .* is torch.int64 of shape \(4, 15\); must be .*\(4, 16\)"),
+        (
+            "int32",
+            r"targets_BL of epoch 0, sequences .* is torch.int32 of shape \(4, 16\); must be torch.int64",
+        ),
+        ("ignored", "step 2: no target counts; the batch: epoch 0, sequences"),
+    ],
+)
+def test_batches_that_are_not_as_they_were_asked_for(how, message, train):
+    with pytest.raises(ValueError, match=message):
+        train(f"data={{kind='test_wrong', megabytes=0.5, how='{how}'}}")
+
+
 def test_a_worker_that_was_killed_is_said(train, short_documents, monkeypatch, tmp_path):
     def killed(self, place):
         if place and 12 in place:

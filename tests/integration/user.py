@@ -4,12 +4,14 @@ import os
 import random
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from lattice.components.data.embedded import Embedded
 from lattice.components.recurrence.none import NoRecurrence, OnePass
 from lattice.protocols import Evaluator, Metrics, MetricWriter, Optimizer, Unrolled
 from lattice.registry import register
@@ -132,6 +134,30 @@ class NoisePass(OnePass):
         hidden = super().__call__(stack, ids_BL, draw=draw, cache=cache).hidden_BLD
         noise = 0 if draw is None else 0.1 * torch.randn(hidden.shape[-1])
         return Unrolled(hidden + noise, {"residuals": torch.ones(1 if draw is None else 1 + draw.step % 3)})
+
+
+@register("data", "test_wrong")
+@dataclass(frozen=True, kw_only=True)
+class Wrong(Embedded):
+    """Batches that are not as they were asked for, from the second step on."""
+
+    how: str = "short"
+
+    def open(self, request):
+        source = super().open(request)
+        source.steps = partial(self._steps, source.steps)
+        return source
+
+    def _steps(self, right, first):
+        batches = right(first)
+        yield next(batches)
+        for step in batches if self.how != "ended" else ():
+            change = {
+                "short": lambda batch: replace(batch, ids_BL=batch.ids_BL[:, 1:]),
+                "int32": lambda batch: replace(batch, targets_BL=batch.targets_BL.int()),
+                "ignored": lambda batch: replace(batch, targets_BL=torch.full_like(batch.targets_BL, -100)),
+            }[self.how]
+            yield [change(batch) for batch in step]
 
 
 GIVEN = {"tensor": torch.tensor(1.0), "list": [1.0], "none": None, "number": 1.0}
