@@ -149,8 +149,9 @@ def _put_back_groups(graph: TrainingGraph, moved: list[dict[str, Any]]) -> None:
         for key in group.keys() - built.keys() - {"params"}:
             del group[key]
         group.update(built)
+        mine = {names[parameter] for parameter in group["params"]}
         for one in moved:
-            if names[group["params"][0]] in one["parameters"]:
+            if not mine.isdisjoint(one["parameters"]):
                 group.update(one["values"])
 
 

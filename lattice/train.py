@@ -116,13 +116,8 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
                 raise
             raise ChildProcessError(
                 "a process that reads data ended unexpectedly, perhaps for lack of memory: the same command "
-                f"goes on, with fewer data.workers if need be; {_last_good(graph)}"
+                f"goes on from the last checkpoint in '{folder}', with fewer data.workers if need be"
             ) from error
-
-
-def _last_good(graph: TrainingGraph) -> str:
-    good = graph.checkpointer.latest()
-    return f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
 
 
 def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -309,7 +304,8 @@ class Loop:
     ) -> NonFiniteLoss:
         graph = self.graph
         self._saved()
-        last = _last_good(graph)
+        good = graph.checkpointer.latest()
+        last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         read = graph.world.all(self._read(batches))
         at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
