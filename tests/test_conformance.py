@@ -52,6 +52,7 @@ BROKEN = {
     "unsaid_sweeps": "parallel and sequential",
     "no_gradients": "cost",
     "undeclared_step": "cost",
+    "undeclared_product": "cost",
     "logged_matrix": "shapes",
     "penalty_leak": "causality",
     "penalty_rows_mixed": "batch and padding",
@@ -65,6 +66,7 @@ ALONE = (
     "stop_at_once",
     "no_gradients",
     "undeclared_step",
+    "undeclared_product",
 )
 """Of the broken ones those with which nothing else is wrong."""
 registry.import_user_code("broken_variants.py", Path(__file__).parent)

@@ -232,8 +232,8 @@ def cost(subject: Subject) -> str | None:
     for when, what, counted, declared in _costs(subject):
         mean, chance = statistics.mean(counted), 5 * statistics.pstdev(counted) / len(counted) ** 0.5
         # The ledger lets all slots of a decoded token see each other: half a token's too many, at most.
-        rounding = mean / (2 * CONTEXT) if what == "operations" else 1e-6
-        if abs(mean - declared) > chance + rounding:
+        rounding = 1 / (2 * CONTEXT) if (when, what) == ("decoding", "operations") else 1e-6
+        if abs(mean - declared) > chance + rounding * mean:
             steps = f" in the mean of {len(counted)} steps" if len(counted) > 1 else ""
             return f"{when} takes {mean:g} {what} a token{steps}, declared are {declared:g}"
     return None
