@@ -1,6 +1,7 @@
 """The tutorial's own code, as printed."""
 
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -11,6 +12,7 @@ import pytest
 import lattice
 from lattice import cli
 from lattice.load import load
+from lattice.run_folder import training_steps
 
 PAGE = (Path(__file__).parents[1] / "docs" / "authoring.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
@@ -35,7 +37,7 @@ def files(tmp_path, monkeypatch):
 
 
 def test_the_page_has_its_files():
-    assert set(FILES) == {"gated.py", "gated.toml", "test_gated.py"}
+    assert set(FILES) == {"gated.py", "gated.toml", "test_gated.py", "momentum.py", "momentum.toml"}
     assert len(FILES["gated.py"].splitlines()) < 40
     assert [command.split()[1] for command in COMMANDS] == ["check", "run", "run", "generate"]
 
@@ -68,6 +70,22 @@ def test_the_pytest_file(files):
     )
     assert done.returncode == 0, done.stdout
     assert "11 passed" in done.stdout
+
+
+def test_an_optimizer_of_ones_own_goes_on_from_where_it_was(files):
+    def losses(out):
+        return [row["loss"] for row in training_steps(files / out)]
+
+    small = [*SMALL, "run.steps=4", "checkpoint.every=1"]
+    whole = lattice.train("momentum.toml", overrides=small, out="whole")
+    lattice.train("momentum.toml", overrides=small, out="parts")
+    for path in ("parts/summary.json", "parts/checkpoints/step-00000004", "parts/checkpoints/step-00000003"):
+        Path(path).rename("gone")
+        shutil.rmtree("gone", ignore_errors=True)
+        Path("gone").unlink(missing_ok=True)
+    again = lattice.train("momentum.toml", overrides=small, out="parts")
+    assert again["last_loss"] == whole["last_loss"] < whole["first_loss"]
+    assert losses("parts") == losses("whole")
 
 
 def test_the_options_check_themselves(files):
