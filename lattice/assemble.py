@@ -113,7 +113,6 @@ def training_graph(
     if recipe.run.init_from is not None and checkpointer.latest() is None:
         initialize(model, recipe)
     spread, built = parallel.spread(model, site), optimizer.build(model)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
     return TrainingGraph(
         recipe=recipe,
         folder=folder,
@@ -123,7 +122,7 @@ def training_graph(
         spread=spread,
         precision=precision,
         optimizer=built,
-        built_groups=groups,
+        built_groups=groups_of(built),
         peak_lr=optimizer.lr,
         grad_clip=optimizer.grad_clip or None,
         schedule=recipe.component("schedule"),
@@ -135,6 +134,11 @@ def training_graph(
         metrics=recipe.named("metrics"),
         evaluators=recipe.named("evaluator"),
     )
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What its parameter groups hold, but for the parameters."""
+    return [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
 
 
 def evaluation_graph(

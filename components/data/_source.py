@@ -158,8 +158,11 @@ class PackedSource(Source):
             )
         batches = iter(loader)
         accumulate = self._request.batch // (self._request.world_size * self._request.micro_batch)
-        while step := list(islice(batches, accumulate)):
-            yield step
+        try:
+            while step := list(islice(batches, accumulate)):
+                yield step
+        except (EOFError, ConnectionError) as error:  # it was killed while it sent a batch
+            raise RuntimeError("DataLoader worker ended unexpectedly") from error
 
     def validation(self, max_tokens: int) -> Iterator[Batch]:
         """All ranks get the same number of batches of the same shape, which sharded models need: a rank

@@ -21,6 +21,7 @@ from torch import nn
 
 import lattice
 from lattice import state
+from lattice.assemble import groups_of
 from lattice.components.checkpoint.dcp import DcpCheckpoint
 from lattice.hf.export import export
 from lattice.recipe import Recipe, load_recipe
@@ -92,9 +93,11 @@ def graph(folder: Path, seed: int, layout: str = "ddp", size: int = 1, *, extras
         torch.manual_seed(seed)
         model.extras = nn.ModuleList([nn.Linear(2, 3), nn.Linear(2, 3)])  # fewer rows than ranks
     LAYOUTS[layout](model, size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     return SimpleNamespace(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
+        optimizer=optimizer,
+        built_groups=groups_of(optimizer),
         device=torch.device("cpu"),
         checkpointer=DcpCheckpoint().build(folder),
         recipe=recipe(seed),
