@@ -31,6 +31,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """A line on stderr, likewise, of what goes on all the same."""
+    errors.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
 def plural(count: int, noun: str) -> str:
     """A number of things: 1 token, 2 tokens."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lattice import harness, preflight
 from lattice.atomic import CannotWrite, make_folder, naming
-from lattice.console import errors, say, table
+from lattice.console import errors, say, table, warn
 from lattice.figures import figures as figures_of
 from lattice.load import locate, recipe_of, saved, subject_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
@@ -184,7 +184,7 @@ def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> N
                 writer.log(step, values)
                 writer.close()
     except CannotWrite as error:
-        errors.print(f"warning: {error}: no curves of these figures", markup=False, soft_wrap=True)
+        warn(f"{error}: no curves of these figures")
 
 
 def _say(curve: str, setting: Mapping[str, int | None], figures: Mapping[str, float]) -> None:

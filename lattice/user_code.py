@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from lattice import atomic
-from lattice.console import errors
+from lattice.console import warn
 
 FOLDER = "imports"
 
@@ -75,4 +75,4 @@ def free_name(stem: str, taken: Collection[str]) -> str:
 @cache
 def _warn(text: str) -> None:
     """Once a process: a command may read a run's recipe several times."""
-    errors.print(f"warning: {text}", markup=False, soft_wrap=True)
+    warn(text)

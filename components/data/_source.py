@@ -161,7 +161,7 @@ class PackedSource(Source):
         try:
             while step := list(islice(batches, accumulate)):
                 yield step
-        except (EOFError, ConnectionError) as error:  # it was killed while it sent a batch
+        except (EOFError, ConnectionError) as error:  # killed while it sent a batch; else torch says the same
             raise RuntimeError("DataLoader worker ended unexpectedly") from error
 
     def validation(self, max_tokens: int) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lattice.atomic import CannotWrite, write_json
 from lattice.components.data._shards import Shard, TokenStream
-from lattice.console import errors
+from lattice.console import warn
 
 VERIFIED = "verified.json"
 CHUNK = 1 << 23
@@ -45,10 +45,7 @@ def verify(streams: Sequence[TokenStream], cache: Path) -> None:
     try:
         write_json(path, sorted(known | _load(path)))
     except CannotWrite as error:
-        hint = "set XDG_CACHE_HOME, or data.verify = false"
-        errors.print(
-            f"warning: {error}: the data is verified by every run; {hint}", markup=False, soft_wrap=True
-        )
+        warn(f"{error}: the data is verified by every run; set XDG_CACHE_HOME, or data.verify = false")
 
 
 def _check(shard: Shard, vocab_size: int) -> set[str]:
