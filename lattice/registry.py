@@ -195,7 +195,9 @@ USERS = "lattice_user_"
 def place_of(error: BaseException) -> str:
     """Where in a user's file an error arose, in parentheses; empty for one that arose elsewhere."""
     frames = traceback.walk_tb(error.__traceback__)
-    theirs = [(frame, line) for frame, line in frames if frame.f_globals["__name__"].startswith(USERS)]
+    # Code that was generated may belong to no module.
+    named = ((frame, line, str(frame.f_globals.get("__name__"))) for frame, line in frames)
+    theirs = [(frame, line) for frame, line, module in named if module.startswith(USERS)]
     if not theirs:
         return ""
     frame, line = theirs[-1]
