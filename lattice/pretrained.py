@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lattice.build import build_model
+from lattice.hf import scale
 from lattice.hf.directory import describe, load_weights
 from lattice.hf.write import write_model
 from lattice.model import LanguageModel
@@ -27,17 +29,24 @@ def from_pretrained(
     """A model of ours with the weights of a Hugging Face directory.
 
     `recurrence` is a recipe's `[recurrence]` table; if not given, the directory's own, which for a model of
-    transformers is none. `overrides` holds further tables; `dtype` is that of the parameters, whatever the
+    transformers is none; embeddings keep the scale that the weights were trained with, if nobody sets
+    `embed_scale`. `overrides` holds further tables; `dtype` is that of the parameters, whatever the
     file holds: training keeps float32 and computes in the recipe's precision. What a recurrence has of its
     own and the directory lacks is newly drawn. `trust_imports` allows the directory's own code. Raises
     FileNotFoundError for a missing file and ValueError for an architecture or setting that no component
     implements, or for weights that do not fit.
     """
     folder = Path(folder)
-    tables: dict[str, Any] = dict(describe(folder, trust_imports=trust_imports).tables)
-    if recurrence is not None:
-        tables["recurrence"] = dict(recurrence)
-    recipe = load_recipe({**tables, **(overrides or {})})
+    description = describe(folder, trust_imports=trust_imports)
+    tables: dict[str, Any] = {
+        **description.tables,
+        **({} if recurrence is None else {"recurrence": recurrence}),
+    }
+    tables |= overrides or {}
+    recipe = load_recipe(tables)
+    recipe = load_recipe(tables, scale.kept(recipe, description.recurrence))
+    for line in scale.difference(recipe, description.recurrence):
+        warnings.warn(f"{folder}: {line}", stacklevel=2)
     model = build_model(recipe, device="meta")
     if isinstance(model.unroll, nn.Module) or any(True for _ in model.decoder.buffers()):
         model = build_model(recipe)  # it has tensors that no file need give

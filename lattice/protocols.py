@@ -153,6 +153,11 @@ class Recurrence(Protocol):
         """How the backbone's weights are drawn."""
         return Initialization.scaled(shape, 1)
 
+    def embedding_scale(self, shape: Shape) -> float:
+        """By what the embeddings of tokens are multiplied. Weights mean something else at another scale: who
+        goes on from some, with another recurrence, keeps theirs if it has an option `embed_scale`."""
+        return 1.0
+
     def reserved_ids(self, shape: Shape) -> tuple[int, ...]:
         """Rows of the embedding table that the recurrence uses and no text may."""
         return ()

@@ -105,6 +105,9 @@ class Depth(Recurrence):
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, 1)
 
+    def embedding_scale(self, shape: Shape) -> float:
+        return self.embed_scale or math.sqrt(2.5 * shape.hidden_size)
+
     def build(self, shape: Shape) -> Unroll:
         if self.prelude + self.coda >= shape.num_layers:
             raise ValueError(
@@ -119,7 +122,7 @@ class Repeating(nn.Module, Unroll):
         super().__init__()
         self.options = options
         self.core = (options.prelude, shape.num_layers - options.coda)
-        self.scale = options.embed_scale or math.sqrt(2.5 * shape.hidden_size)
+        self.scale = options.embedding_scale(shape)
         self.adapter: nn.Linear | None = None
         if options.inject == "concat":
             size = shape.hidden_size

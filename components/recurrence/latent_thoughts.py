@@ -119,6 +119,9 @@ class LatentThoughts(Recurrence):
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.slots)
 
+    def embedding_scale(self, shape: Shape) -> float:
+        return self.embed_scale or math.sqrt((1 if self.feedback == "softmax" else 2.5) * shape.hidden_size)
+
     def build(self, shape: Shape) -> Unroll:
         return Thinking(self, shape)
 
@@ -127,7 +130,7 @@ class Thinking(Unroll):
     def __init__(self, options: LatentThoughts, shape: Shape) -> None:
         softmax = options.feedback == "softmax"
         self.options = options
-        self.scale = options.embed_scale or math.sqrt((1 if softmax else 2.5) * shape.hidden_size)
+        self.scale = options.embedding_scale(shape)
         self.feedback: Feedback = softmax_mixture(self.scale, options.top_k) if softmax else hidden
 
     def __call__(

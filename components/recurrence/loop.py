@@ -46,8 +46,11 @@ class Loop(Recurrence):
     def initialization(self, shape: Shape) -> Initialization:
         return Initialization.scaled(shape, self.loops + 1)
 
+    def embedding_scale(self, shape: Shape) -> float:
+        return self.embed_scale or math.sqrt(2.5 * shape.hidden_size)
+
     def build(self, shape: Shape) -> Unroll:
-        return Looping(self.loops, self.embed_scale or math.sqrt(2.5 * shape.hidden_size))
+        return Looping(self.loops, self.embedding_scale(shape))
 
 
 class Looping(Unroll):

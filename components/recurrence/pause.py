@@ -61,13 +61,16 @@ class Pause(Recurrence):
     def reserved_ids(self, shape: Shape) -> tuple[int, ...]:
         return (self.row(shape),) if self.pauses else ()
 
+    def embedding_scale(self, shape: Shape) -> float:
+        return self.embed_scale or math.sqrt(shape.hidden_size)
+
     def build(self, shape: Shape) -> Unroll:
         row = self.row(shape)
         if row >= shape.vocab_size:
             raise ValueError(
                 f"pause_token_id = {row}: must be a row of the embedding table, 0 to {shape.vocab_size - 1}"
             )
-        return Pausing(self.pauses, row, self.embed_scale or math.sqrt(shape.hidden_size))
+        return Pausing(self.pauses, row, self.embedding_scale(shape))
 
 
 class Pausing(Unroll):

@@ -73,8 +73,11 @@ class Ponder(_Pondering):
     def mixing(self, shape: Shape) -> int:
         return mixture_operations(shape, self.top_k)
 
+    def embedding_scale(self, shape: Shape) -> float:
+        return self.embed_scale or math.sqrt(shape.hidden_size)
+
     def build(self, shape: Shape) -> Unroll:
-        scale = self.embed_scale or math.sqrt(shape.hidden_size)
+        scale = self.embedding_scale(shape)
         return Pondering(self.steps, scale, softmax_mixture(scale, self.top_k), accumulate=self.accumulate)
 
 
@@ -86,8 +89,11 @@ class HiddenPonder(_Pondering):
     embed_scale: float | None = None
     """Multiplier of the token embeddings; 1 if not given."""
 
+    def embedding_scale(self, shape: Shape) -> float:
+        return self.embed_scale or 1.0
+
     def build(self, shape: Shape) -> Unroll:
-        return Pondering(self.steps, self.embed_scale or 1.0, hidden, accumulate=self.accumulate)
+        return Pondering(self.steps, self.embedding_scale(shape), hidden, accumulate=self.accumulate)
 
 
 class Pondering(Unroll):

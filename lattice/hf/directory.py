@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lattice import options, registry, toml_source
 from lattice.model import LanguageModel
-from lattice.protocols import Backbone
+from lattice.protocols import Backbone, Recurrence
+from lattice.recipe import load_recipe
 from lattice.sharded import put
 
 CONFIG = "config.json"
@@ -39,6 +40,8 @@ class Description:
     """What a `config.json` says."""
 
     backbone: Backbone
+    recurrence: Recurrence
+    """The one that the weights were trained with."""
     tables: dict[str, dict[str, Any]]
     """The recipe's tables: `backbone`, and for a model of ours also `recurrence` and `mask`."""
     imports: tuple[str, ...] = ()
@@ -54,7 +57,7 @@ def describe(folder: Path, *, trust_imports: bool = False) -> Description:
     config = _config(folder)
     if config.get("model_type") != MODEL_TYPE:
         backbone = read_backbone(folder)
-        return Description(backbone, {"backbone": options.to_table(backbone)})
+        return Description(backbone, plain_recurrence(), {"backbone": options.to_table(backbone)})
     imports = _imports(folder, config)
     if imports and not trust_imports:
         raise ValueError(
@@ -65,7 +68,8 @@ def describe(folder: Path, *, trust_imports: bool = False) -> Description:
         registry.import_user_code(name, Path.cwd())
     tables = {role: config[role] for role in TABLES if role in config}
     components = {role: _component(folder, role, table) for role, table in tables.items()}
-    return Description(components["backbone"], tables, tuple(imports))
+    recurrence = components.get("recurrence") or plain_recurrence()
+    return Description(components["backbone"], recurrence, tables, tuple(imports))
 
 
 def read_backbone(folder: Path) -> Backbone:
@@ -86,6 +90,24 @@ def read_backbone(folder: Path) -> Backbone:
             found: Backbone = _component(folder, "backbone", options.to_table(backbone))
             return found
     raise ValueError(f"{path}: model_type = {config.get('model_type')!r}: must be one of {', '.join(kinds)}")
+
+
+def read_recurrence(folder: Path) -> Recurrence | None:
+    """The recurrence that a directory's weights were trained with; None for a kind that nothing has
+    registered, since nothing of the directory is executed."""
+    table = _config(folder).get("recurrence")
+    if table is None:
+        return plain_recurrence()
+    if not isinstance(table, dict) or table.get("kind") not in registry.kinds("recurrence"):
+        return None
+    known: Recurrence = _component(folder, "recurrence", table)
+    return known
+
+
+def plain_recurrence() -> Recurrence:
+    """The recurrence of a recipe that says nothing, which is that of a model of transformers."""
+    plain: Recurrence = load_recipe({}).component("recurrence")
+    return plain
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from lattice.atomic import write_file
-from lattice.hf import init_from
+from lattice.hf import init_from, scale
 from lattice.hf.directory import describe
 from lattice.options import to_table
 from lattice.protocols import Backbone, Tokenizer
@@ -20,7 +19,6 @@ from lattice.registry import kinds
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that are a directory's tokenizer, the first that there is."""
-SCALE = "embed_scale"
 DEFAULT = "lattice/defaults.toml"
 WRITTEN = ("dict", "--set")
 """Origins of the values that belong into the new recipe; all others come from what it extends."""
@@ -37,8 +35,8 @@ def import_recipe(
     """Writes the recipe `to` and returns it; `lattice run` then trains from the weights in `folder`.
 
     `overrides` are `table.key=value` and `extends` recipes, as paths from here; both are written into the new
-    recipe. A recurrence with an option `embed_scale` gets 1.0 where nobody sets it, because that is how the
-    weights were trained. Raises FileExistsError, FileNotFoundError, RecipeError and ValueError before
+    recipe. A recurrence with an option `embed_scale` gets the scale that the weights were trained with where
+    nobody sets it. Raises FileExistsError, FileNotFoundError, RecipeError and ValueError before
     anything is written.
     """
     folder, to = Path(folder), Path(to)
@@ -54,17 +52,11 @@ def import_recipe(
         tables["extends"] = [os.path.abspath(name) for name in extends]
     tables |= _tokenizer(folder)
     recipe = load_recipe(tables, overrides)
-    unscaled = "recurrence" not in description.tables and _leaves_scale_open(recipe)
-    if unscaled:
-        recipe = load_recipe(tables, [*overrides, f"recurrence.{SCALE}=1.0"])
+    scaled = scale.kept(recipe, description.recurrence)
+    recipe = load_recipe(tables, [*overrides, *scaled])
     _check(recipe, folder)
-    write_file(to, _text(recipe, folder, to, extends, unscaled=unscaled).encode())
+    write_file(to, _text(recipe, folder, to, extends, scaled).encode())
     return recipe
-
-
-def _leaves_scale_open(recipe: Recipe) -> bool:
-    options = {option.name for option in dataclasses.fields(recipe.component("recurrence"))}
-    return SCALE in options and ("recurrence", SCALE) not in recipe.origins
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
@@ -104,7 +96,9 @@ def _tokenizer_problems(recipe: Recipe) -> list[str]:
 
 
 # ── the text ──────────────────────────────────────────────────────────────────────────────────────
-def _text(recipe: Recipe, folder: Path, to: Path, extends: Sequence[str | Path], *, unscaled: bool) -> str:
+def _text(
+    recipe: Recipe, folder: Path, to: Path, extends: Sequence[str | Path], scaled: Sequence[str]
+) -> str:
     written = _written(recipe, recipe.table(), ())
     table: dict[str, Any] = {}
     if extends:
@@ -112,10 +106,10 @@ def _text(recipe: Recipe, folder: Path, to: Path, extends: Sequence[str | Path],
     if recipe.imports:
         table["imports"] = list(recipe.imports)
     text = tomli_w.dumps(table | written)
-    if unscaled:
-        line = f"{SCALE} = 1.0\n"
-        assert text.count(line) == 1
-        text = text.replace(line, f"{line[:-1]}                          # as the weights were trained\n")
+    if scaled:
+        line = f"{scale.OPTION} = {getattr(recipe.component('recurrence'), scale.OPTION)}"
+        assert text.count(f"{line}\n") == 1
+        text = text.replace(line, f"{line:<42}# as the weights were trained")
     return f"# Starts from the weights in {folder}; made from its config.json by `lattice import`.\n{text}"
 
 

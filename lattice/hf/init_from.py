@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lattice.build import build_model
 from lattice.console import say
-from lattice.hf.directory import few, load_weights, misfits, read_backbone, read_shapes
+from lattice.hf import scale
+from lattice.hf.directory import few, load_weights, misfits, read_backbone, read_recurrence, read_shapes
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import Backbone
@@ -45,7 +46,9 @@ def initialize(model: LanguageModel, recipe: Recipe) -> None:
     folder = Path(recipe.run.init_from)
     try:
         fresh = load_weights(model, folder)
-        different = _differences(model.components["backbone"], read_backbone(folder))
+        different = _differences(recipe.component("backbone"), read_backbone(folder))
+        trained = read_recurrence(folder)
+        different += [] if trained is None else scale.difference(recipe, trained)
     except (ValueError, OSError) as error:
         raise RecipeError([f"run.init_from = '{folder}': {error}"]) from error
     say(f"the weights start from '{folder}'")
@@ -57,9 +60,14 @@ def initialize(model: LanguageModel, recipe: Recipe) -> None:
 
 def _differences(ours: Backbone, theirs: Backbone) -> list[str]:
     """Options that shape no weight, and so pass unnoticed, but change what the weights compute."""
-    mine, other = to_table(ours), to_table(theirs)
+    mine, other = to_table(_resolved(ours)), to_table(_resolved(theirs))
     return [
         f"backbone.{name} = {mine.get(name)} here, {other.get(name)} in the weights' config.json"
         for name in sorted({*mine, *other})
         if mine.get(name) != other.get(name)
     ]
+
+
+def _resolved(backbone: Backbone) -> Backbone:
+    """What is left open is filled in, as in a `config.json`."""
+    return backbone.from_hf(backbone.to_hf()) or backbone

@@ -18,10 +18,10 @@ from huggingface_hub import save_torch_state_dict
 
 from lattice.atomic import make_folder, write_file, write_json
 from lattice.attention_mask import is_causal
-from lattice.hf.directory import CONFIG, MODEL_TYPE, TABLES, own_tensors
+from lattice.hf.directory import CONFIG, MODEL_TYPE, TABLES, own_tensors, plain_recurrence
 from lattice.model import LanguageModel
 from lattice.options import to_table
-from lattice.recipe import load_recipe
+from lattice.protocols import kind_of
 from lattice.slots import Slots, Tokens
 from lattice.user_code import free_name
 
@@ -53,8 +53,7 @@ def write_model(
 def is_plain(model: LanguageModel) -> bool:
     """Whether the backbone's architecture in transformers computes what the model does: its recurrence is the
     one of a recipe that says nothing, and its mask leaves causal order as it is, at the longest sequence."""
-    default = load_recipe({}).component("recurrence")
-    if model.recurrence.kind != default.kind:  # type: ignore[attr-defined]
+    if kind_of(model.recurrence) != kind_of(plain_recurrence()):
         return False
     longest_BL = torch.zeros(1, model.shape.context, dtype=torch.long)
     slots = Slots.interleaved(Tokens.of(longest_BL), 1)

@@ -3,9 +3,13 @@
 import json
 import math
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lattice
@@ -136,6 +140,65 @@ def test_a_scale_that_was_set_stays_and_a_plain_model_has_none(overrides, scale,
     assert lattice.load_recipe("new.toml").component("recurrence") == recurrence
 
 
+KINDS = ("latent_thoughts", "loop", "pause", "ponder", "hidden_ponder", "depth")
+SCALED = st.builds(
+    lambda kind, scale, feedback: {"kind": kind} | scale | (feedback if kind == "latent_thoughts" else {}),
+    st.sampled_from(KINDS),
+    st.sampled_from([{}, {"embed_scale": 3.0}]),
+    st.sampled_from([{}, {"feedback": "softmax"}]),
+)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(trained=st.one_of(st.just({"kind": "none"}), SCALED), now=SCALED)
+def test_another_recurrence_keeps_the_scale_that_the_weights_were_trained_with(trained, now, originals):
+    """By import and by from_pretrained alike, unless somebody says another; that it means is seen below."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        window = {"mask": {"kind": "causal", "window": 8}}  # no architecture of transformers, whatever thinks
+        model = lattice.from_pretrained(originals[0] / "gpt_neox", trained, overrides=window)
+        lattice.save_pretrained(model, folder)
+        export_tokenizer(BytesCodec(), folder / "none", folder, 64)
+        expected = now.get("embed_scale") or model.recurrence.embedding_scale(model.shape)
+        again = lattice.from_pretrained(folder, now)
+        assert again.recurrence.embedding_scale(model.shape) == expected
+        overrides = [f"recurrence.{name}={value}" for name, value in now.items()]
+        if now["kind"] == trained["kind"]:  # its own options stay
+            expected = now.get("embed_scale") or trained.get("embed_scale") or expected
+        imported = import_recipe(folder, folder / "new.toml", overrides=overrides)
+        assert imported.component("recurrence").embedding_scale(model.shape) == expected
+        assert lattice.load_recipe(folder / "new.toml").table() == imported.table()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"thoughts": 0},
+        {"kind": "loop", "loops": 0},
+        {"kind": "pause", "pauses": 0},
+        {"kind": "ponder", "steps": 0},
+    ],
+)
+def test_no_thoughts_added_to_a_plain_model_change_nothing(table, here, originals):
+    model = lattice.from_pretrained("gpt_neox", {"kind": "latent_thoughts", **table})
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(model(ids).logits, originals[1]["gpt_neox"](ids).logits)
+
+
+def test_a_scale_that_is_lost_is_said(here, capsys):
+    """`none` has no option for it; a recipe by hand may leave it out."""
+    lattice.save_pretrained(
+        lattice.from_pretrained("gpt_neox", {"kind": "loop", "embed_scale": 3.0}), "looped"
+    )
+    export_tokenizer(BytesCodec(), here / "none", here / "looped", 64)
+    with pytest.warns(UserWarning, match=r"looped: recurrence 'none' multiplies .* by 1; .*trained with 3, "):
+        lattice.from_pretrained("looped", {"kind": "none"})
+    imported("looped")
+    training_graph(lattice.load_recipe("new.toml", ["recurrence.kind=hidden_ponder"]), here / "run")
+    note = "note: recurrence 'hidden_ponder' multiplies the embeddings by 1; the weights were trained with 3,"
+    assert note in capsys.readouterr().out
+
+
 def test_the_recipe_says_what_the_weights_say_and_extends_the_rest(here):
     (here / "deep").mkdir()
     given = imported("llama", to="deep/new.toml", overrides=["run.steps=3"])
@@ -239,6 +302,18 @@ def test_settings_that_shape_no_weight_are_noted(here, capsys):
     training_graph(lattice.load_recipe("new.toml", ["backbone.rotary_emb_base=9.0"]), here / "run")
     note = "note: backbone.rotary_emb_base = 9.0 here, 500.0 in the weights' config.json"
     assert note in capsys.readouterr().out
+
+
+def test_what_a_recipe_leaves_open_is_no_difference(here, capsys):
+    imported("llama")
+    text = (here / "new.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("head_dim", "num_key_value_heads"))]
+    assert len(lines) == len(text.splitlines()) - 2
+    (here / "new.toml").write_text("\n".join(lines))
+    training_graph(lattice.load_recipe("new.toml"), here / "run")
+    shown = capsys.readouterr().out
+    assert "start from 'llama'" in shown
+    assert "note:" not in shown
 
 
 # ── the start of a run ────────────────────────────────────────────────────────────────────────────
