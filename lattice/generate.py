@@ -5,6 +5,7 @@ Shapes: B batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,8 +32,8 @@ class Sampling:
     """Tokens of the tokenizer: the rows by which a model's table is larger are never chosen."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature = {self.temperature}: must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature = {self.temperature}: must be a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}: must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -48,6 +49,9 @@ class Sampling:
             seeds = [seeds + row for row in range(rows)]
         elif seeds is not None and len(seeds) != rows:
             raise ValueError(f"seed = {list(seeds)}: must be one for each of the {rows} rows")
+        for seed in seeds or ():
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed = {seed}: must be at least 0 and less than 2**64")
         for row, generator in enumerate(made):
             generator.seed() if seeds is None else generator.manual_seed(seeds[row])
         return made
@@ -57,7 +61,10 @@ class Sampling:
         logits_BV = logits_BV[:, : self.vocab_size]
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1, keepdim=True)
-        logits_BV = logits_BV.float() / self.temperature
+        logits_BV = logits_BV.float()
+        logits_BV = (
+            logits_BV - logits_BV.amax(dim=-1, keepdim=True)
+        ) / self.temperature  # however small it is
         if self.top_k is not None:
             least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[-1])).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)

@@ -15,7 +15,7 @@ from lattice.cache import KVCache
 from lattice.draws import Draw
 from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled, kind_of
 from lattice.registry import check_unroll
-from lattice.slots import Tokens
+from lattice.slots import Tokens, check_alike
 from lattice.split import Split
 from lattice.stack import Stack
 
@@ -108,8 +108,10 @@ class LanguageModel(nn.Module):
 
         `input_ids` (B, L); `attention_mask` (B, L), 0 for padding; `documents` (B, L), document numbers of
         a packed batch; `targets` (B, L), already shifted, -100 does not count: with them the output holds
-        the loss in place of the logits. Raises ValueError for a sequence longer than the context.
+        the loss in place of the logits. Raises ValueError for a sequence longer than the context and for
+        shapes that are not alike.
         """
+        check_alike(input_ids, targets=targets)
         stack, unrolled = self.unrolled(input_ids, attention_mask, documents, draw)
         if targets is not None:
             targets = stack.mine(targets)
@@ -219,6 +221,7 @@ class LanguageModel(nn.Module):
         if input_ids.shape[1] < 1:
             raise ValueError("input_ids: the prompt is empty; must have at least one token")
         self._check_length(input_ids.shape[1])
+        check_alike(input_ids, attention_mask=attention_mask)
         cache = self.cache()
         if parallel or self.recurrence.parallel_is_exact:
             stack = self._stack(Tokens.of(input_ids, attention_mask))

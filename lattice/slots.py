@@ -75,8 +75,10 @@ class Tokens:
     ) -> Tokens:
         """Positions count the real tokens of a row, so that a left-padded row equals the row alone.
 
-        `first` tokens, `past_real_B` of them real in each row, came before (they are in a cache).
+        `first` tokens, `past_real_B` of them real in each row, came before (they are in a cache). Raises
+        ValueError for what is said of other tokens than these.
         """
+        check_alike(ids_BL, attention_mask=attention_mask_BL, documents=documents_BL, branches=branches_BL)
         stop = first + ids_BL.shape[1]
         index_BL = torch.arange(first, stop, device=ids_BL.device)[None]
         position_BL, real_BL = index_BL, None
@@ -95,6 +97,15 @@ class Tokens:
             index_BL = _along_texts(index_BL, branches_BL)
             position_BL = _along_texts(position_BL, branches_BL)
         return Tokens(index_BL, stop, position_BL, documents_BL, real_BL, branches_BL)
+
+
+def check_alike(ids_BL: Tensor, **said: Tensor | None) -> None:
+    """Raises ValueError for what has another shape than the tokens that it is said of."""
+    for name, given in said.items():
+        if given is not None and given.shape != ids_BL.shape:
+            raise ValueError(
+                f"{name}: has shape {(*given.shape,)}; must be {(*ids_BL.shape,)}, as the tokens"
+            )
 
 
 def _along_texts(count_BL: Tensor, branch_BL: Tensor) -> Tensor:

@@ -14,6 +14,18 @@ def positive(options: Mapping[str, int]) -> None:
             raise ValueError(f"{name} = {value}: must be at least 1")
 
 
+def rotary_base(name: str, value: float) -> None:
+    """Raises ValueError for a base of the rotary frequencies that has no powers."""
+    if not value > 0:
+        raise ValueError(f"{name} = {value}: must be greater than 0")
+
+
+def norm_eps(name: str, value: float) -> None:
+    """Raises ValueError for what a mean of squares must not be added to."""
+    if not value >= 0:
+        raise ValueError(f"{name} = {value}: must be at least 0")
+
+
 def multiple(name: str, value: int, of: str, divisor: int) -> None:
     """Raises ValueError unless `value` is a multiple of `divisor`."""
     if value % divisor:

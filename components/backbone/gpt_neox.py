@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
+from lattice.components.backbone._options import (
+    hf_rope,
+    multiple,
+    norm_eps,
+    positive,
+    rotary_base,
+    warn_of_dropout,
+)
 from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.one_row import Linear
@@ -56,6 +63,8 @@ class GPTNeoX(Backbone):
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         positive({name: getattr(self, name) for name in (*names, "vocab_size", "max_position_embeddings")})
         multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        rotary_base("rotary_emb_base", self.rotary_emb_base)
+        norm_eps("layer_norm_eps", self.layer_norm_eps)
         if not 0 < self.rotary_pct <= 1:
             raise ValueError(f"rotary_pct = {self.rotary_pct}: must be in (0, 1]")
         if self.rotary_dimensions < 2 or self.rotary_dimensions % 2:

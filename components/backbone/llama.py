@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lattice.components.backbone._options import hf_rope, multiple, positive, warn_of_dropout
+from lattice.components.backbone._options import (
+    hf_rope,
+    multiple,
+    norm_eps,
+    positive,
+    rotary_base,
+    warn_of_dropout,
+)
 from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
 from lattice.one_row import Linear
@@ -53,6 +60,8 @@ class Llama(Backbone):
         multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.key_value_heads)
         if self.head_dim is None:
             multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        rotary_base("rope_theta", self.rope_theta)
+        norm_eps("rms_norm_eps", self.rms_norm_eps)
         if self.head_size % 2:
             raise ValueError(f"head_dim = {self.head_size}: must be even, for the rotary embedding")
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lattice.generate import Sampling, stream
+from lattice.generate import Sampling
 from lattice.protocols import EvaluationSubject, Evaluator
 from lattice.registry import register
+from lattice.text_generation import generate_text, prompt_ids
 
 
 @register("evaluator", "sample")
@@ -36,23 +33,23 @@ class Sample(Evaluator):
             raise ValueError("prompt = '': must not be empty")
         if self.every < 0:
             raise ValueError(f"every = {self.every}: must be at least 0")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
         self._sampling()
 
     def _sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
     def check(self, subject: EvaluationSubject) -> None:
-        self._stream(subject)
+        prompt_ids(subject.model, subject.codec, [(0, self.prompt)], self.max_new_tokens)
 
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
-        prompt, following = self._stream(subject)
         with subject.autocast():
-            ids = [int(ids) for ids in following]
-        return {"text": subject.codec.decode([*prompt, *ids])}
-
-    def _stream(self, subject: EvaluationSubject) -> tuple[list[int], Iterator[Tensor]]:
-        """The prompt's ids and what will follow them, not computed yet."""
-        prompt = subject.codec.encode_batch([self.prompt])[0]
-        sampling = replace(self._sampling(), vocab_size=subject.codec.vocab_size)
-        ids_BL = torch.tensor([prompt], device=subject.device)
-        return prompt, stream(subject.model, ids_BL, self.max_new_tokens, sampling=sampling)
+            [completion] = generate_text(
+                subject.model,
+                subject.codec,
+                [self.prompt],
+                max_new_tokens=self.max_new_tokens,
+                sampling=self._sampling(),
+            )
+        return {"text": completion.prompt + completion.text}

@@ -266,10 +266,46 @@ def test_arguments_that_cannot_be(untouched):
         lattice.generate(untouched, some_ids(1, 3), -1)
     with pytest.raises(ValueError, match="padded on the left"):
         lattice.generate(untouched, some_ids(2, 3), 3, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
-    for options in ({"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+    nan, drawn = float("nan"), {"temperature": 1.0}
+    for options in (
+        {"temperature": -0.1},
+        {"temperature": nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             lattice.generate(untouched, some_ids(1, 3), 3, **options)
+    for seed in (-1, 2**64, [2**64]):
+        with pytest.raises(ValueError, match=r"seed = .*must be at least 0 and less than 2\*\*64"):
+            lattice.generate(untouched, some_ids(1, 3), 3, seed=seed, **drawn)
     assert torch.equal(lattice.generate(untouched, some_ids(1, 3), 0), some_ids(1, 3))
+
+
+@pytest.mark.parametrize("recurrence", [NONE, thinking(1)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_is_said_of_other_tokens_is_refused(recurrence, documents):
+    """Neither cut nor shifted to the tokens there are."""
+    mask = {"kind": "document"} if documents else {"kind": "causal"}
+    model, ids = tiny(recurrence=recurrence, mask=mask), some_ids(2, 8)
+    said = {"documents": torch.zeros(2, 8, dtype=torch.long)} if documents else {}
+    for shape in [(2, 10), (2, 5), (1, 8), (2, 8, 1)]:
+        ones = torch.ones(shape, dtype=torch.long)
+        message = rf"attention_mask: has shape \({', '.join(map(str, shape))}\); must be \(2, 8\), as the tok"
+        with pytest.raises(ValueError, match=message):
+            model(ids, ones, **said)
+        for parallel in (False, True):
+            with pytest.raises(ValueError, match=message):
+                model.prefill(ids, ones, parallel=parallel)
+        with pytest.raises(ValueError, match="documents: has shape"):
+            model(ids, documents=ones)
+        with pytest.raises(ValueError, match="targets: has shape"):
+            model(ids, targets=ones, **said)
+
+
+def test_the_smallest_temperature_takes_the_likeliest_token():
+    model, ids = tiny(), some_ids(2, 5)
+    assert torch.equal(lattice.generate(model, ids, 4, temperature=1e-42), lattice.generate(model, ids, 4))
 
 
 def test_an_empty_prompt_cannot_be_prefilled(untouched):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import lattice
 from lattice import cli, report
 from lattice.generate import Sampling
 from lattice.prompts import read_prompts, unfinished
+from lattice.protocols import EvaluationSubject
 from lattice.text_generation import Continuation, generate_text
 
 CODEC = lattice.registry.lookup("tokenizer", "bytes")().build(None)
@@ -163,6 +165,28 @@ def test_the_end_of_the_document_ends_the_text():
     assert row.add(0) == "b"
     assert row.finish == "end"
     assert (row.text, row.tokens) == ("b", 2)
+
+
+def test_a_sample_ends_where_the_document_does():
+    """The evaluator's: what a next document would begin with is no part of it."""
+    model, scripted = tiny(), iter([98, 99, CODEC.eos_id, 100, 101])
+
+    def next_logits(*_):
+        logits = torch.zeros(1, 300, dtype=torch.float64)
+        logits[0, next(scripted)] = 9.0
+        return logits
+
+    model.decoder.head.register_forward_hook(next_logits)
+    subject = EvaluationSubject(
+        model=model,
+        codec=CODEC,
+        open_source=lambda: pytest.fail("read"),
+        autocast=nullcontext,
+        device=torch.device("cpu"),
+        step=0,
+    )
+    sample = lattice.registry.lookup("evaluator", "sample")(prompt="a", max_new_tokens=5, temperature=0.0)
+    assert sample.evaluate(subject) == {"text": "abc"}
 
 
 @pytest.mark.parametrize(
