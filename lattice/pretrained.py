@@ -60,12 +60,14 @@ def save_pretrained(
     *,
     max_shard_size: str = "5GB",
     imports: Iterable[str] = (),
+    eos_id: int | None = None,
 ) -> None:
     """Writes a directory that transformers loads: `config.json` and safetensors, sharded where they are
     larger than `max_shard_size`.
 
     A plain model is an architecture of transformers. Any other is run by the file `modeling_lattice.py` that
     is written too, with `trust_remote_code=True` and this package installed; `imports` are the recipe's, and
-    the files among them go along. Raises ValueError for a component that no file or package defines.
+    the files among them go along. `eos_id` is the token that ends a text in `generate`: a model does not know
+    its tokenizer's. Raises ValueError for a component that no file or package defines.
     """
-    write_model(model, Path(folder), max_shard_size=max_shard_size, imports=imports)
+    write_model(model, Path(folder), max_shard_size=max_shard_size, imports=imports, eos_id=eos_id)

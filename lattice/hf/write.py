@@ -33,7 +33,12 @@ AUTO_MAP = {
 
 
 def write_model(
-    model: LanguageModel, folder: Path, *, max_shard_size: str = "5GB", imports: Iterable[str] = ()
+    model: LanguageModel,
+    folder: Path,
+    *,
+    max_shard_size: str = "5GB",
+    imports: Iterable[str] = (),
+    eos_id: int | None = None,
 ) -> list[str]:
     """See `lattice.save_pretrained`; returns the names of the files of code and the packages that the model
     needs besides this package."""
@@ -45,7 +50,9 @@ def write_model(
     else:
         names = _write_code(model, folder, imports)
         config = {**_config(model, names), "dtype": dtype}
-    write_json(folder / CONFIG, {name: value for name, value in config.items() if value is not None})
+    # Null where there is none: an architecture of transformers would put tokens of its own there.
+    tokens = {"bos_token_id": None, "eos_token_id": eos_id}
+    write_json(folder / CONFIG, {name: value for name, value in config.items() if value is not None} | tokens)
     _write_weights(model, folder, max_shard_size)
     return names
 

@@ -160,6 +160,24 @@ def test_a_mask_that_hides_something_is_not_plain(tmp_path):
     assert json.loads((tmp_path / "plain/config.json").read_text())["model_type"] == "gpt_neox"
 
 
+@pytest.mark.parametrize("recurrence", [None, {"kind": "latent_thoughts"}])
+def test_only_the_token_that_was_given_ends_a_text(recurrence, tmp_path):
+    """GPT-NeoX has one of its own in transformers, 2."""
+
+    def generated(token):
+        theirs = loaded(tmp_path)
+        others = [other for other in range(61) if other != token]
+        return greedy(theirs, some_ids(), suppress_tokens=others).shape[1] - 9, theirs.config
+
+    lattice.save_pretrained(randomised("gpt_neox", recurrence), tmp_path)
+    new, config = generated(2)
+    assert (new, config.bos_token_id, config.eos_token_id) == (6, None, None)
+    lattice.save_pretrained(randomised("gpt_neox", recurrence), tmp_path, eos_id=5)
+    assert generated(2)[0] == 6
+    new, config = generated(5)
+    assert (new, config.bos_token_id, config.eos_token_id) == (1, None, 5)
+
+
 def test_without_trust_nothing_is_computed(tmp_path):
     lattice.save_pretrained(randomised("gpt_neox", {"kind": "latent_thoughts"}), tmp_path)
     with pytest.raises(ValueError, match="trust_remote_code=True"):

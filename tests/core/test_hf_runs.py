@@ -85,7 +85,7 @@ def test_rows_that_are_no_token_are_never_generated(exported):
         theirs.gpt_neox.final_layer_norm.bias.fill_(1.0)
     ids = torch.arange(20)[None]
     assert int(theirs(ids).logits[0, -1].argmax()) == 260
-    assert theirs.generation_config.eos_token_id == 256
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 256
     assert theirs.generation_config.suppress_tokens == list(range(257, 300))
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert int(out[:, 20:].max()) < 257
