@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -32,12 +32,25 @@ def multiple(name: str, value: int, of: str, divisor: int) -> None:
         raise ValueError(f"{name} = {value}: must be a multiple of {of} = {divisor}")
 
 
+def hf_options(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of a backbone's options that Hugging Face's configuration gives, under the same names.
+
+    Raises ValueError for attention that is not causal, and where the number of heads is missing: not every
+    weight's shape depends on it, and the defaults of Hugging Face are not ours.
+    """
+    if not config.get("is_causal", True):
+        raise ValueError(f"is_causal = {config['is_causal']}: only causal attention is implemented")
+    if config.get("num_attention_heads") is None:
+        raise ValueError("num_attention_heads: missing")
+    return {name: config[name] for name in names if name in config}
+
+
 def hf_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Theta and rotated fraction, from either of the places Hugging Face has kept them.
 
     Raises ValueError for scaled rotary embeddings, which are not implemented.
     """
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type = '{kind}': only 'default' is implemented")

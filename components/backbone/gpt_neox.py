@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lattice.components.backbone._options import (
+    hf_options,
     hf_rope,
     multiple,
     norm_eps,
@@ -131,7 +132,7 @@ class GPTNeoX(Backbone):
             return None
         warn_of_dropout(config, ("attention_dropout", "hidden_dropout"))
         rope = hf_rope(config)
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        known = hf_options(config, cls.__dataclass_fields__)
         known |= {"rotary_emb_base": rope["theta"], "rotary_pct": rope["fraction"] or 0.25}
         return cls(**known)
 

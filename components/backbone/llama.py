@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lattice.components.backbone._options import (
+    hf_options,
     hf_rope,
     multiple,
     norm_eps,
@@ -121,7 +122,7 @@ class Llama(Backbone):
         if config.get("model_type") != "llama":
             return None
         warn_of_dropout(config, ("attention_dropout",))
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        known = hf_options(config, cls.__dataclass_fields__)
         return cls(**known | {"rope_theta": hf_rope(config)["theta"]})
 
 

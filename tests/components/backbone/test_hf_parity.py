@@ -269,6 +269,9 @@ def test_configuration_that_is_no_json(folder):
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "type = 'dynamic'",
         ),
+        # transformers prefers the older name, also where both are there
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "type = 'linear'"),
+        ({"is_causal": False}, "is_causal = False: only causal"),
         ({"hidden_act": "tanh"}, "hidden_act"),
         (
             {"num_key_value_heads": 3},
@@ -283,6 +286,17 @@ def test_configuration_that_is_not_implemented(folder, settings, message):
     with pytest.raises(ValueError, match=message) as raised:
         lattice.from_pretrained(folder)
     assert "copy/config.json" in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+def test_the_number_of_heads_must_be_said(kind, tmp_path):
+    """Not every shape tells it, and transformers would take a default of its own."""
+    saved_by_transformers(kind, "tied", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: num_attention_heads: missing"):
+        lattice.from_pretrained(tmp_path)
 
 
 def test_no_weights(folder):
