@@ -129,10 +129,26 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         return self._model.decoder.head
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Refused: transformers calls it to resize the vocabulary, which the recipe's tables fix."""
-        raise NotImplementedError("the number of tokens is fixed: set backbone.vocab_size when training")
+        """Refused: the recipe's tables fix the vocabulary."""
+        raise NotImplementedError("the embeddings cannot be replaced: the number of tokens is fixed")
 
     set_output_embeddings = set_input_embeddings
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Refused, but for the present size, before transformers changes the weights in place."""
+        size = self._model.shape.vocab_size
+        wanted = size if new_num_tokens is None else new_num_tokens
+        wanted += -wanted % (pad_to_multiple_of or 1)
+        if wanted != size:
+            raise NotImplementedError(
+                f"{wanted} tokens: their number is fixed at {size}: set backbone.vocab_size when training"
+            )
+        return self.get_input_embeddings()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -271,6 +271,19 @@ def test_what_the_model_does_not_take_is_refused(inputs, message, pair):
         loaded(pair[1])(some_ids(), **inputs)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_number_of_tokens_stays(backbone, tmp_path):
+    lattice.save_pretrained(randomised(backbone, {"kind": "latent_thoughts"}), tmp_path)
+    theirs, ids = loaded(tmp_path), some_ids()
+    logits = theirs(ids).logits
+    for wanted in ({}, {"new_num_tokens": 61}, {"new_num_tokens": 60, "pad_to_multiple_of": 61}):
+        assert theirs.resize_token_embeddings(**wanted) is theirs.get_input_embeddings()
+    for wanted in ({"new_num_tokens": 64}, {"pad_to_multiple_of": 32}):
+        with pytest.raises(NotImplementedError, match="64 tokens: their number is fixed at 61"):
+            theirs.resize_token_embeddings(**wanted)
+    assert torch.equal(theirs(ids).logits, logits)
+
+
 # ── generate ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("padding", [False, True])
 def test_going_on_from_the_cache_of_a_generation(padding, pair):
