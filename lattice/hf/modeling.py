@@ -26,7 +26,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class Config(PretrainedConfig):
-    """The recipe's tables of a model. Options of the backbone can be read as attributes: `hidden_size`, …"""
+    """The recipe's tables of a model. Options of the backbone are attributes, too: `hidden_size`, …"""
 
     model_type = MODEL_TYPE
 
@@ -41,18 +41,27 @@ class Config(PretrainedConfig):
     ) -> None:
         """`parallel_prefill`: while generating, the thoughts of the prompt come from the solver, as in
         training, rather than strictly in sequence: faster, and an approximation."""
-        self.backbone = backbone or {}
         self.recurrence = recurrence or {}
         self.mask = mask or {}
         self.parallel_prefill = parallel_prefill
         super().__init__(**others)
         self.tie_word_embeddings = tie_word_embeddings  # the base class of 4.x has another default
+        self.backbone = dict(backbone or {})  # last: from here on its options are attributes
+
+    def _is_option(self, name: str) -> bool:
+        return name != "kind" and name in self.__dict__.get("backbone", {})
 
     def __getattr__(self, name: str) -> Any:
-        backbone = self.__dict__.get("backbone", {})
-        if name in backbone and name != "kind":
-            return backbone[name]
+        if self._is_option(name):
+            return self.backbone[name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What `__getattr__` reads from the backbone's table is set there: the model is built from it."""
+        if self._is_option(name) and name not in self.__dict__:
+            self.backbone[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def tables(self) -> dict[str, Any]:
         """The tables that say what model it is; one that is empty is a recipe's default."""

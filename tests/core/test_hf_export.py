@@ -374,6 +374,20 @@ def test_other_thoughts_than_the_directory_says(pair):
     assert not torch.allclose(logits, ours(some_ids()).logits, atol=1e-3)
 
 
+def test_other_options_of_the_backbone_than_the_directory_says(pair, tmp_path):
+    ours, folder = pair
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True, max_position_embeddings=80)
+    config.layer_norm_eps = 0.5
+    assert (config.max_position_embeddings, config.layer_norm_eps) == (80, 0.5)
+    backbone = {**BACKBONES["gpt_neox"], "max_position_embeddings": 80, "layer_norm_eps": 0.5}
+    expected = lattice.from_pretrained(folder, overrides={"backbone": backbone})
+    theirs = loaded(folder, config=config)
+    torch.testing.assert_close(theirs(some_ids()).logits, expected(some_ids()).logits)
+    assert not torch.allclose(theirs(some_ids()).logits, ours(some_ids()).logits, atol=1e-3)
+    theirs.save_pretrained(tmp_path)
+    assert lattice.from_pretrained(tmp_path).components == expected.components
+
+
 def test_a_recurrence_that_the_directory_lacks_is_newly_drawn(tmp_path):
     lattice.save_pretrained(randomised("gpt_neox", {"kind": "depth"}), tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
