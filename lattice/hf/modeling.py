@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -214,8 +215,7 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
         `past_key_values` before transformers 5.24.
         """
         loss_options = {"num_items_in_batch": others.pop("num_items_in_batch", None)}
-        if unknown := [name for name, value in others.items() if value is not None and value is not False]:
-            raise ValueError(f"{', '.join(unknown)}: is not an input of this model")
+        _refuse(others)
         if input_ids is None:
             raise ValueError("input_ids: missing")
         cache = past_key_values if cache is None else cache
@@ -265,6 +265,12 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuses more: transformers lets every model be given some inputs, such as `position_ids`."""
+        super()._validate_model_kwargs(model_kwargs)
+        taken = signature(self.prepare_inputs_for_generation).parameters
+        _refuse({name: value for name, value in model_kwargs.items() if name not in taken})
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -287,6 +293,12 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": 1,
         }
+
+
+def _refuse(inputs: dict[str, Any]) -> None:
+    """Raises ValueError for any that says something."""
+    if unknown := [name for name, value in inputs.items() if value is not None and value is not False]:
+        raise ValueError(f"{', '.join(unknown)}: is not an input of this model")
 
 
 def _kept(logits_to_keep: int | Tensor) -> Any:

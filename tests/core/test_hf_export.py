@@ -307,6 +307,12 @@ def test_sampling(pair):
     assert torch.equal(greedy(theirs, ids, mask, do_sample=True, top_k=1), greedy(theirs, ids, mask))
 
 
+@pytest.mark.parametrize("inputs", [{"position_ids": torch.arange(9)[None]}, {"output_hidden_states": True}])
+def test_generating_refuses_what_a_forward_does(inputs, pair):
+    with pytest.raises(ValueError, match=next(iter(inputs))):
+        greedy(loaded(pair[1]), some_ids(), return_dict_in_generate=True, **inputs)
+
+
 def test_without_a_cache_the_solver_computes_the_thoughts(tmp_path):
     converged = {"kind": "latent_thoughts", "jacobi": {"eval": 20}}  # K (L - 1) refinements: exact
     lattice.save_pretrained(randomised("gpt_neox", converged), tmp_path)
