@@ -173,7 +173,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _files(folder: Path) -> list[Path]:
     names = [WEIGHTS]
-    if (index := folder / INDEX).is_file():
+    # Where both are there, transformers has left the index from an earlier save.
+    if (index := folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, KeyError) as error:

@@ -337,6 +337,13 @@ def test_truncated_weights(folder, keep):
         lattice.from_pretrained(folder)
 
 
+def test_one_file_beside_the_index_of_an_earlier_save(tmp_path):
+    theirs = saved_by_transformers("llama", "grouped_4_1", tmp_path, "8KB")
+    theirs.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists(), "its shards are gone"
+    assert_same_logits(lattice.from_pretrained(tmp_path), theirs, some_ids())
+
+
 def test_shards_that_are_damaged(tmp_path):
     saved_by_transformers("llama", "theta", tmp_path, "8KB")
     index = tmp_path / "model.safetensors.index.json"
