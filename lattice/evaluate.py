@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lattice import harness, preflight
 from lattice.atomic import CannotWrite, make_folder, naming
@@ -19,6 +21,8 @@ from lattice.thought_counts import counted
 
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
+LONGEST = 200
+"""Bytes of a folder's name: file systems take 255."""
 NEVER = 2**62
 """A step that no run reaches: points of earlier evaluations are not taken back."""
 
@@ -67,6 +71,12 @@ class Wanted:
             f"evaluators.documents.{name}={value}" for name, value in settings.items() if value is not None
         ]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What each figure depends on, as JSON."""
+        include = None if self.include is None else str(self.include)
+        return {"limit": self.limit, "overlap": self.overlap, "batch": self.batch, "include": include}
+
 
 def evaluate(
     run: Path,
@@ -80,8 +90,9 @@ def evaluate(
     out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates a run, or one of its checkpoints, at every number of thoughts with every number of
-    iterations; None stands for the recipe's own. Shows a table; every figure is a line of `out`,
-    evaluation.jsonl in the run's directory if not given, as soon as it is known, and a point in TensorBoard.
+    iterations; None stands for the recipe's own. Shows a table; every figure is in a line of `out`,
+    evaluation.jsonl in the run's directory if not given, as soon as it is known, with the settings it was
+    asked for with, and a point in TensorBoard, among those of the same settings.
 
     Raises ValueError, before anything is computed, for counts that the recurrence cannot have.
     """
@@ -91,6 +102,7 @@ def evaluate(
         for count in (thoughts if thoughts else [None])
         for iterated in (iterations if iterations else [None])
     ]
+    asked = {"set": list(overrides), **wanted.settings}
     results: list[dict[str, Any]] = []
     path = out or folder / RESULTS
     changes = [*wanted.overrides, *overrides]
@@ -105,26 +117,36 @@ def evaluate(
     for (count, iterated), with_counts in zip(settings, recipes, strict=True):
         subject = subject_of(checkpoint, with_counts, device=device)
         setting = {"thoughts": count, "iterations": iterated}
-        shown = {name: value for name, value in setting.items() if value is not None}
+        about = {"run": str(run), "step": subject.step, **setting, "settings": asked}
         values: dict[str, float] = {}
-        for name, shots, figures in _figures(subject, recipe, wanted, _named(shown)):
-            curve = name if shots is None or len(wanted.few_shot) < 2 else f"{name}/{shots}shot"
+        for name, shots, figures in _figures(subject, recipe, wanted, _named(setting)):
+            curve = f"{name}/{shots}shot" if wanted.few_shot and shots is not None else name
             values |= {f"{curve}/{metric}": value for metric, value in figures.items()}
-            asked = {} if shots is None else {"few_shot": shots}
-            row = {"run": str(run), "step": subject.step, **setting, "evaluator": name, **asked, **figures}
+            row = {**about, "evaluator": name, **({} if shots is None else {"few_shot": shots}), **figures}
             results.append(row)
             if not errors.is_terminal:
                 _say(curve, setting, figures)
             with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        _log(recipe, folder / "evaluation" / (_named(shown) or "as_trained"), subject.step, values)
+        curves = _curves_name({**setting, "limit": wanted.limit, "overlap": wanted.overlap}, overrides)
+        _log(recipe, folder / "evaluation" / curves, subject.step, values)
     _show(results, settings)
     say(f"wrote {path}")
     return results
 
 
-def _named(setting: Mapping[str, Any]) -> str:
-    return "_".join(f"{name}{value}" for name, value in setting.items())
+def _named(setting: Mapping[str, int | None]) -> str:
+    return "_".join(f"{name}{value}" for name, value in setting.items() if value is not None)
+
+
+def _curves_name(setting: Mapping[str, int | None], overrides: Sequence[str]) -> str:
+    """The folder of curves that one setting adds to, since figures of another are no points of them: one
+    folder's name, whatever the overrides hold."""
+    name = quote("_".join(filter(None, [_named(setting), *overrides])), safe="=") or "as_trained"
+    if len(name) > LONGEST:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+        name = f"{name[: LONGEST - len(digest) - 1]}_{digest}"
+    return name
 
 
 def _figures(
@@ -201,7 +223,7 @@ def _shown(value: float) -> str:
 def _show(rows: Sequence[dict[str, Any]], settings: Sequence[tuple[int | None, int | None]]) -> None:
     names = ("thoughts", "iterations")
     given = [name for at, name in enumerate(names) if any(setting[at] is not None for setting in settings)]
-    about = {"run", "step", "evaluator", "few_shot", *names}
+    about = {"run", "step", "settings", "evaluator", "few_shot", *names}
     lines = []
     for row in rows:
         for metric, value in row.items():

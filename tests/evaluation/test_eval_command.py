@@ -44,17 +44,45 @@ def test_a_filtered_metric_is_shown_with_its_standard_error(runs, tasks, tmp_pat
     assert "_stderr" not in capsys.readouterr().out
 
 
-def test_tensorboard_keeps_what_earlier_evaluations_found(runs, tasks, tmp_path):
+def curves(folder):
+    """The values of each curve in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {name: [point.value for point in board.Scalars(name)] for name in board.Tags()["scalars"]}
+
+
+def test_tensorboard_keeps_what_earlier_evaluations_found(runs, tasks, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs["plain"], folder)
-    shots = ["--few-shot", 0, 1]
-    assert command("eval", folder, "--tasks", "choices", "--include", tasks, "--limit", 2, *shots) == 0
-    assert command("eval", folder, "--limit", 1) == 0
-    board = EventAccumulator(str(folder / "evaluation/as_trained/tensorboard"))
-    board.Reload()
-    assert {"choices/0shot/acc", "choices/1shot/acc", "documents/loss"} <= set(board.Tags()["scalars"])
+    for shots in (0, 1):
+        of_tasks = ["--tasks", "choices", "--include", tasks, "--few-shot", shots]
+        assert command("eval", folder, "--limit", 2, *of_tasks) == 0
+    assert command("eval", folder, "--limit", 2) == 0
+    assert {"choices/0shot/acc", "choices/1shot/acc", "documents/loss"} <= curves(
+        folder / "evaluation/limit2"
+    ).keys()
+
+
+def test_figures_of_other_settings_are_told_apart(runs, tmp_path):
+    """In their rows, and since one curve holds figures of one text and one way to read it."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["plain"], folder, ignore=shutil.ignore_patterns("evaluation*"))
+    changes = ["evaluators.validation.max_tokens=64", f"data.megabytes=0.3 # {'../' * 100}"]
+    for more in ([], ["--overlap", 3], ["--set", changes[0]], ["--set", *changes]):
+        assert command("eval", folder, "--limit", 1, *more) == 0
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["evaluator"] == "validation"]
+    assert [row["settings"]["set"] for row in rows] == [[], [], changes[:1], changes]
+    assert [row["settings"]["overlap"] for row in rows] == [None, 3, None, None]
+    assert {row["settings"]["limit"] for row in rows} == {1}
+    folders = sorted((folder / "evaluation").iterdir(), key=lambda path: len(path.name))
+    names = ["limit1", "limit1_overlap3", f"limit1_{changes[0]}"]
+    assert [path.name for path in folders[:-1]] == names
+    assert [curves(path)["validation/loss"] for path in folders] == [
+        [pytest.approx(row["loss"])] for row in rows
+    ]
 
 
 def test_all_settings_are_of_one_checkpoint(tmp_path, monkeypatch):
