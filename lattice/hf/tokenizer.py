@@ -57,6 +57,7 @@ def export_tokenizer(codec: Codec, saved: Path, folder: Path, context: int) -> b
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",  # whatever it was: tokenizer.json says all
         "eos_token": codec.eos,
+        "bos_token": codec.eos,  # a document was trained on after the end of another, and after nothing else
         "pad_token": config.get("pad_token") or codec.eos,
         "padding_side": "left",  # what generating in batches needs
         "model_max_length": context,

@@ -212,7 +212,8 @@ def test_one_of_hugging_face_adds_nothing_to_a_text(tmp_path):
     (tmp_path / "hf").mkdir()
     assert export_tokenizer(codec, tmp_path / "saved", tmp_path / "hf", 99)
     assert_the_same_ids(codec, tmp_path / "hf")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == "<s>"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.bos_token_id == codec.eos_id, "what lm-eval puts before a text, and lattice does"
 
 
 def test_tokens_that_the_tokenizer_lacks_get_no_id(tmp_path):
@@ -223,7 +224,7 @@ def test_tokens_that_the_tokenizer_lacks_get_no_id(tmp_path):
     new = {"content": "<new>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
     settings = {
         "eos_token": "<|endoftext|>",
-        "bos_token": {**new, "content": "<s>", "__type": "AddedToken"},
+        "cls_token": {**new, "content": "<s>", "__type": "AddedToken"},
         "pad_token": "[PAD]",
         "unk_token": {**new, "content": "<unk>", "__type": "AddedToken"},
         "sep_token": "e",  # a word of the vocabulary, and a part of others
@@ -239,7 +240,7 @@ def test_tokens_that_the_tokenizer_lacks_get_no_id(tmp_path):
     assert_the_same_ids(codec, tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(theirs) == codec.vocab_size
-    assert (theirs.pad_token_id, theirs.bos_token_id) == (codec.eos_id, made.token_to_id("<s>"))
+    assert (theirs.pad_token_id, theirs.cls_token_id) == (codec.eos_id, made.token_to_id("<s>"))
     for text in ("a[PAD]b", "<unk>", "<x>", "<img>", "<sound>", "<new>", "the text"):
         assert theirs(text).input_ids == codec.encode_batch([text])[0]
 
