@@ -12,7 +12,7 @@ from cyclopts.help import DefaultFormatter
 from rich.markup import escape
 
 from lattice import __version__
-from lattice.launch import Launch
+from lattice.launch import Agreed, Launch
 from lattice.registry import place_of
 
 
@@ -646,11 +646,23 @@ def _hint(error: Exception) -> str:
     return ""
 
 
+def _check_launch(arguments: list[str] | None) -> None:
+    """Raises Agreed where torchrun started several processes of a command that knows of one: each would do
+    all of the work, and write what the others write."""
+    command, size = next(iter(app.parse_commands(arguments)[0]), "run"), Launch.here().size
+    if command != "run" and size > 1:
+        raise Agreed(
+            f"lattice {command}: is one process, and torchrun started {size} (WORLD_SIZE): start it without "
+            "torchrun; only `lattice run` shares its work"
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: an error of the user's making is printed without a traceback, and the exit code is 2."""
     from lattice.console import errors
 
     try:
+        _check_launch(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except (CycloptsError, ValueError, OSError, ImportError) as error:
         launch = Launch.here()

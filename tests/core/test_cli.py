@@ -466,3 +466,18 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "lattice", "--version"], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == lattice.__version__
+
+
+def test_a_command_of_one_process_is_refused_where_torchrun_started_more(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", "tiny.toml"])
+    said = capsys.readouterr()
+    assert not said.out
+    assert "rank 0: lattice show: is one process, and torchrun started 2 (WORLD_SIZE)" in said.err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["show", "tiny.toml"])
+    assert not capsys.readouterr().err, "one rank of a host tells"
