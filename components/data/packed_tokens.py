@@ -24,7 +24,7 @@ class PackedTokens(Data):
 
     Validation reads the split "validation" of `validation_path` if that is set (all of its "train" if it has
     no such split), else of `path`; where that has none, the last 1 % of the training tokens is held out, at
-    least one sequence of them.
+    least one sequence of them. A `validation_path` that is `path` is none: no text is both.
     """
 
     path: str
@@ -91,7 +91,7 @@ def _validation_stream(
     folder: Path, manifest: dict[str, Any], other: Path | None, codec: Codec
 ) -> TokenStream | None:
     """The stream to validate on; None if the training stream has to give some."""
-    if other is None:
+    if other is None or other.resolve() == folder.resolve():
         stream = TokenStream(folder, manifest, "validation")
         return stream if stream.tokens > 1 else None
     manifest = _checked_manifest(other, codec)

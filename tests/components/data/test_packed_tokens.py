@@ -206,6 +206,14 @@ def test_validation_path(folder, tmp_path):
     assert opened.position(0)["sequences"] == (len(flat(texts())[0]) - 1) // 16
 
 
+@pytest.mark.parametrize("again", [".", "../linked"])
+def test_validation_path_that_is_the_training_text_holds_its_end_out(again, folder, tmp_path):
+    (tmp_path / "linked").symlink_to(folder)
+    opened, expected = source(folder, options={"validation_path": str(folder / again)}), source(folder)
+    assert opened.fingerprints == expected.fingerprints
+    assert opened.position(0) == expected.position(0)
+
+
 def test_truncated_shard_is_named_with_its_sizes(folder):
     path = folder / "train-00001.bin"
     size = path.stat().st_size
