@@ -23,7 +23,7 @@ class WarmupStableDecay(Schedule):
     warmup: float = 0.01
     """Fraction of the steps."""
     decay: float = 0.2
-    """Fraction of the steps, at the end."""
+    """Fraction of the steps, at the end; 0 for a rate that stays."""
     floor: float = 0.0
     """Fraction of the peak learning rate that the last step takes."""
     shape: Literal["linear", "sqrt"] = "linear"
@@ -40,6 +40,8 @@ class WarmupStableDecay(Schedule):
         warming = rising(step, self.warmup, steps)
         if warming is not None:
             return warming
+        if self.decay == 0:
+            return 1.0
         decaying = max(round(self.decay * steps), 1)
         start = max(steps - 1 - decaying, peak_step(self.warmup, steps))
         done = progress(step, start, steps)

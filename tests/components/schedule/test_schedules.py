@@ -69,6 +69,10 @@ def test_wsd_values() -> None:
     assert rooted[6:] == pytest.approx([0.2 + 0.8 * (1 - math.sqrt(x)) for x in (0.25, 0.5, 0.75, 1)])
 
 
+def test_wsd_without_a_decay_stays_at_the_peak() -> None:
+    assert curve(WarmupStableDecay(warmup=0.2, decay=0), 10) == [0.5] + [1.0] * 9
+
+
 def test_wsd_before_its_decay_does_not_know_how_long_the_run_is() -> None:
     schedule = WarmupStableDecay(warmup=0.01)
     assert all(schedule.factor(step, steps) == 1.0 for steps in (1000, 2000) for step in range(20, 799))
@@ -84,7 +88,8 @@ def test_rises_to_the_peak_then_descends_to_the_floor(schedule: Any, steps: int)
     assert all(b <= a for a, b in pairwise(values[peak:]))
     assert min(values[peak:]) >= min(schedule.floor, 1)
     room = max(round(schedule.warmup * steps) - 1, 0) < steps - 1
-    assert values[-1] == (schedule.floor if room else 1.0)
+    decays = not isinstance(schedule, WarmupStableDecay) or schedule.decay > 0
+    assert values[-1] == (schedule.floor if room and decays else 1.0)
 
 
 @pytest.mark.parametrize("kind", [Cosine, Linear, WarmupStableDecay])
