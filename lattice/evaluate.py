@@ -59,6 +59,10 @@ class Wanted:
             for name in ("few_shot", "samples", "include"):
                 if (value := getattr(self, name)) not in (None, ()):
                     raise ValueError(f"{name} = {value}: is of tasks, and there are none; give --tasks")
+        if self.overlap is not None and not self.held_out:
+            raise ValueError(
+                f"overlap = {self.overlap}: is of held-out text, and there is none; give --held-out"
+            )
 
     @property
     def overrides(self) -> list[str]:

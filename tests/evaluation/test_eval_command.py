@@ -157,6 +157,7 @@ def test_settings_of_documents_are_heeded_wherever_they_are_said(runs, tmp_path)
         (["--no-held-out"], "held_out = False: without tasks there is nothing to evaluate"),
         (["--few-shot", "5"], "few_shot = (5,): is of tasks, and there are none"),
         (["--samples", "s"], "samples = s: is of tasks, and there are none"),
+        (["--tasks", "choices", "--overlap", "4"], "overlap = 4: is of held-out text, and there is none"),
         (["--iterations", "2"], "recurrence 'none' does not iterate"),
         (["--thoughts", "1"], "recurrence 'none' has none"),
         (["--overlap", "48"], "overlap = 48: must be less than the model's context of 48"),
