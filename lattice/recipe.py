@@ -7,6 +7,7 @@ extended by several ways is one layer, at the first of its places, so that it li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -174,10 +175,7 @@ def _overrides(overrides: Iterable[str]) -> list[Source]:
     for override in overrides:
         if override.encode(errors="ignore").decode() != override:
             raise RecipeError([f"--set {override!a}: must be UTF-8"])
-        key, equals, text = override.partition("=")
-        names = key.strip().split(".")
-        if not equals or not all(names):
-            raise RecipeError([f"--set {override}: must be of the form table.key=value"])
+        names, text = _key_and_value(override)
         if names == ["extends"]:
             raise RecipeError([f"--set {override}: only a recipe's file can extend others"])
         try:
@@ -194,6 +192,23 @@ def _overrides(overrides: Iterable[str]) -> list[Source]:
                 raise RecipeError([f"--set {override}: '{name}' is already set to {at!r}"])
         _lay(parsed["value"], at, names[-1])
     return [toml_source.plain(table, "--set")] if table else []
+
+
+def _key_and_value(override: str) -> tuple[list[str], str]:
+    """The names of its key, and the text of its value. The equals sign between them is the first with a key
+    of TOML before it: one within quotes has none."""
+    text = override.lstrip()
+    for equals in re.finditer("=", text.partition("\n")[0]):
+        try:
+            at: Any = toml_source.loads(f"key = {{{text[: equals.start()]} = 0}}")["key"]
+        except toml_source.TomlError:
+            continue
+        names: list[str] = []
+        while isinstance(at, dict):
+            ((name, at),) = at.items()
+            names.append(name)
+        return names, text[equals.end() :]
+    raise RecipeError([f"--set {override}: must be of the form table.key=value"])
 
 
 def _lay(value: Any, table: dict[str, Any], key: str) -> None:

@@ -134,7 +134,7 @@ def test_what_is_set(folder: Path, overrides: list[str]) -> None:
         last = {key.strip(): value for key, _, value in (one.partition("=") for one in overrides)}
         held = found.table()
         for key in last:
-            for name in key.split("."):
+            for name in (part.strip(" \"'") for part in key.split(".")):
                 held = held[name] if isinstance(held, dict) else pytest.fail(f"{key} is not held")
             held = found.table()
         return

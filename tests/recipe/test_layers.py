@@ -131,6 +131,8 @@ def test_a_stray_kind_at_the_top_is_unknown_and_hides_no_other_problem(problems)
         ("evaluators.validation.every=0", ("evaluators", "validation", "every"), 0),
         ("recurrence.jacobi={ train = [0, 1] }", ("recurrence", "jacobi", "train"), [0, 1]),
         ("recurrence.jacobi.eval=9", ("recurrence", "jacobi", "eval"), 9),
+        (" recurrence . 'jacobi'.\"eval\" = 9", ("recurrence", "jacobi", "eval"), 9),
+        ("evaluators.'a.b=c'.kind=perplexity", ("evaluators", "a.b=c", "kind"), "perplexity"),
     ],
 )
 def test_set_has_toml_values_and_bare_words(override, path, value, write):
@@ -146,7 +148,7 @@ def test_set_has_toml_values_and_bare_words(override, path, value, write):
     assert str(recipe.origin(path)) == "--set"
 
 
-@pytest.mark.parametrize("override", ["run.steps", "=3", "run..steps=3", ".steps=3", ""])
+@pytest.mark.parametrize("override", ["run.steps", "=3", "run..steps=3", ".steps=3", "", "a.'b=3", "x\ny=3"])
 def test_a_malformed_override_is_quoted(override, write):
     with pytest.raises(RecipeError) as caught:
         load_recipe(write("r.toml", ""), [override])
