@@ -6,7 +6,7 @@ import functools
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,13 +106,30 @@ def run_tasks(
 
 
 def check_tasks(tasks: str | Sequence[str], *, include: str | Path | None = None) -> None:
-    """Raises the errors of `run_tasks` for tasks that do not exist or whose data cannot be had; the data is
-    on this machine afterwards."""
+    """Raises the errors of `run_tasks` for tasks that do not exist, whose data cannot be had, or whose texts
+    are to be generated in a way that is not known; the data is on this machine afterwards."""
     names, local, manager = _named(tasks, include)
     from lm_eval.tasks import get_task_dict
 
+    from lattice.lm_eval_model import Generation
+
     with _data_of(names, local), _seeded():
-        get_task_dict(names, manager)
+        found = get_task_dict(names, manager)
+    for name, task in _single(found):
+        if task.get_config("output_type") == "generate_until":
+            try:
+                Generation(task.get_config("generation_kwargs"))
+            except ValueError as error:
+                raise ValueError(f"task '{name}': {error}") from error
+
+
+def _single(found: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Names of tasks and the tasks, those of groups among them."""
+    for name, one in found.items():
+        if isinstance(one, Mapping):
+            yield from _single(one)
+        else:
+            yield name, one
 
 
 def _named(tasks: str | Sequence[str], include: str | Path | None) -> tuple[list[str], set[str], TaskManager]:

@@ -36,6 +36,8 @@ MAX_NEW_TOKENS = 256
 """Of a generation whose task does not say, as in lm-eval's Hugging Face model."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """How tasks say it; lm-eval's own models take the first of these that is given."""
+OPTIONS = ("until", *LIMITS, "do_sample", "temperature", "top_k", "top_p", "num_beams")
+"""Of a generation, those that are heeded."""
 
 
 @register_model("lattice")
@@ -206,7 +208,7 @@ class LatticeLM(TemplateLM):
         for index, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(index)
         for indices in alike.values():
-            options = _Generation(requests[indices[0]].args[1])
+            options = Generation(requests[indices[0]].args[1])
             room = self.max_length - options.new_tokens
             if room < 1:
                 raise ValueError(
@@ -227,7 +229,7 @@ class LatticeLM(TemplateLM):
         """Its last tokens where it is too long."""
         return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
 
-    def _complete(self, prompts: dict[int, list[int]], options: _Generation) -> Iterator[tuple[int, str]]:
+    def _complete(self, prompts: dict[int, list[int]], options: Generation) -> Iterator[tuple[int, str]]:
         with self.subject.autocast():
             for index, row in complete(
                 self.model,
@@ -242,16 +244,24 @@ class LatticeLM(TemplateLM):
                 yield index, row.text
 
 
-class _Generation:
-    """lm-eval's keyword arguments of a generation, in the toolkit's terms."""
+class Generation:
+    """lm-eval's keyword arguments of a generation, in the toolkit's terms. Raises ValueError for what cannot
+    be heeded: the texts would be others than the task asks for."""
 
     def __init__(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if name not in OPTIONS:
+                raise ValueError(f"generation_kwargs: {name} = {value!r}: must be of {', '.join(OPTIONS)}")
+        if given.get("num_beams") not in (None, 1):
+            raise ValueError(f"generation_kwargs: num_beams = {given['num_beams']!r}: must be 1")
         until = given.get("until") or []
         self.stop = [until] if isinstance(until, str) else [text for text in until if text]
         limits = (given[name] for name in LIMITS if given.get(name) is not None)
         self.new_tokens = int(next(limits, MAX_NEW_TOKENS))
         temperature = float(given.get("temperature") or 0.0)
-        sampled = given.get("do_sample", temperature > 0) and temperature > 0
+        sampled = temperature > 0 if given.get("do_sample") is None else given["do_sample"]
+        if sampled and temperature == 0:  # as lm-eval's Hugging Face model, which does not choose one either
+            raise ValueError("generation_kwargs: temperature = 0: must be more than 0 with do_sample = True")
         self.sampling = Sampling(
             temperature=temperature if sampled else 0.0,
             top_k=(given.get("top_k") or None) if sampled else None,  # 0 is none, as in transformers

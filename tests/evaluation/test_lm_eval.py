@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lattice import harness
 from lattice.build import build_model
 from lattice.hf.export import export
-from lattice.lm_eval_model import LatticeLM, _Generation
+from lattice.lm_eval_model import Generation, LatticeLM
 from lattice.lm_eval_model import main as lm_eval_main
 from lattice.load import load_subject
 from lattice.run_folder import training_steps
@@ -188,9 +188,36 @@ def test_a_continuation_that_is_too_long_is_scored_by_its_end_and_that_is_said(r
 
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
 def test_how_many_tokens_a_task_wants(name):
-    given = _Generation({name: 16, "do_sample": True, "temperature": 1.0, "top_k": 0})
+    given = Generation({name: 16, "do_sample": True, "temperature": 1.0, "top_k": 0})
     assert given.new_tokens == 16
     assert given.sampling.top_k is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 10}, r"num_beams = 10: must be 1$"),
+        ({"min_p": 0.1}, r"min_p = 0.1: must be of until, max_gen_toks, .*, top_p, num_beams$"),
+        ({"seed": 3}, r"seed = 3: must be of until"),
+        ({"do_sample": True}, r"temperature = 0: must be more than 0 with do_sample = True"),
+        ({"do_sample": True, "temperature": 0.0}, r"temperature = 0: must be more than 0 with"),
+    ],
+)
+def test_what_a_generation_cannot_heed_is_refused(options, message, runs, tasks, tmp_path):
+    """Before the first question, as all that keeps a task from its work."""
+    with pytest.raises(ValueError, match=f"^generation_kwargs: {message}"):
+        Generation(options)
+    write_task(tmp_path / "asks.yaml", tasks / "continue.yaml", generation_kwargs=options)
+    (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["asks"]}))
+    with pytest.raises(ValueError, match=f"^task 'asks': generation_kwargs: {message}"):
+        harness.check_tasks("both", include=tmp_path)
+
+
+def test_a_generation_is_greedy_or_drawn_as_the_task_says():
+    for greedy in ({}, {"num_beams": 1}, {"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}):
+        assert Generation(greedy).sampling.temperature == 0
+    for drawn in ({"do_sample": None, "temperature": 0.7}, {"do_sample": True, "temperature": 0.7}):
+        assert Generation(drawn).sampling.temperature == 0.7
 
 
 def test_nothing_cannot_be_scored(runs):
