@@ -1,7 +1,7 @@
 """Finished runs side by side: what they reached and what they cost.
 
-Runs that differ in their seed alone are one arm. Losses compare only where the text, the tokens and the way
-of evaluating are the same, which is checked.
+Runs that differ in their seed alone are one arm, however they were computed. Losses compare only where the
+text, the tokens and the way of evaluating are the same, which is checked.
 """
 
 from __future__ import annotations
@@ -17,12 +17,24 @@ from typing import Any
 
 from lattice.ledger import Ledger, ledger
 from lattice.load import recipe_of
+from lattice.options import to_table
 from lattice.recipe import Recipe
 from lattice.registry import nearest
-from lattice.run_folder import METRICS, RECIPE, SUMMARY, finished, read_metrics
+from lattice.run_folder import (
+    METRICS,
+    RECIPE,
+    SUMMARY,
+    differing,
+    finished,
+    leaves,
+    read_metrics,
+    trained_as,
+)
 from lattice.thought_counts import family, thoughts_of
 
 LOSS = "_loss"
+HOW_EVALUATED = ("every", "batch")
+"""Options of an evaluator that say when it looks and at how much at once; not what it measures."""
 SEED_FOLDER = re.compile(r"seed\d+")
 
 
@@ -63,7 +75,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """An arm: runs that differ in their seed alone."""
+    """An arm: runs of the same training but for their seed."""
 
     name: str
     runs: tuple[Run, ...]
@@ -159,13 +171,11 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
 
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
-    """Runs by their recipe without its seed, in the order in which they were given. Where a seed would be
-    there twice, as in arms of a study that come to the same recipe, each arm's directory is a group."""
+    """Runs by what they were trained as, in the order in which they were given. Where a seed would be there
+    twice, as in arms of a study that come to the same recipe, each arm's directory is a group."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        table = run.recipe.table()
-        table["run"] = {key: value for key, value in table["run"].items() if key not in ("seed", "log_every")}
-        members.setdefault(json.dumps(table, sort_keys=True), []).append(run)
+        members.setdefault(json.dumps(trained_as(run.recipe), sort_keys=True), []).append(run)
     for recipe, of in list(members.items()):
         seeds = [run.recipe.run.seed for run in of]
         if len(set(seeds)) < len(seeds):
@@ -239,16 +249,8 @@ def _identity(run: Run) -> dict[str, str]:
 def evaluators_of(runs: Sequence[Run], wanted: str | None = None) -> list[str]:
     """The evaluators, alike in all runs, that gave a loss; `wanted` first. Raises ValueError where there is
     none, or not that one."""
-
-    def alike(name: str) -> bool:
-        return all(
-            run.recipe.named("evaluator").get(name) == first.recipe.named("evaluator")[name]
-            and f"{name}{LOSS}" in run.summary
-            for run in runs
-        )
-
-    first = runs[0]
-    names = [name for name in first.recipe.named("evaluator") if alike(name)]
+    recipes = [run.recipe for run in runs]
+    names = [name for name in alike(recipes) if all(f"{name}{LOSS}" in run.summary for run in runs)]
     if wanted is not None and wanted not in names:
         known = f" Known: {', '.join(names)}" if names else ""
         raise ValueError(
@@ -256,5 +258,32 @@ def evaluators_of(runs: Sequence[Run], wanted: str | None = None) -> list[str]:
             f"{nearest(wanted, names)}{known}"
         )
     if not names:
-        raise ValueError("the runs have no evaluator with a loss in common: nothing compares them")
+        raise ValueError(
+            f"the runs have no evaluator with a loss in common: nothing compares them{unlike(recipes)}"
+        )
     return sorted(names, key=lambda name: name != wanted)
+
+
+def alike(recipes: Sequence[Recipe]) -> list[str]:
+    """The evaluators that measure the same in all recipes."""
+    first, *others = map(_measured, recipes)
+    return [name for name in first if all(other.get(name) == first[name] for other in others)]
+
+
+def unlike(recipes: Sequence[Recipe]) -> str:
+    """What evaluators measure otherwise than in the first recipe, for messages; nothing if they do not."""
+    first, *others = (leaves({"evaluators": _measured(recipe)}) for recipe in recipes)
+    found = [
+        f"{key} {before!r}, {after!r}"
+        for other in others
+        for key, (before, after) in differing(first, other).items()
+    ]
+    return f"; they differ in: {'; '.join(dict.fromkeys(found))}" if found else ""
+
+
+def _measured(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The options of each evaluator, but for those that change none of its figures."""
+    return {
+        name: {key: value for key, value in to_table(one).items() if key not in HOW_EVALUATED}
+        for name, one in recipe.named("evaluator").items()
+    }

@@ -507,7 +507,8 @@ class Metrics(Protocol):
 
 class Evaluator(Protocol):
     every: int
-    """Steps between evaluations while training; 0 for the end only."""
+    """Steps between evaluations while training; 0 for the end only. Neither this nor an option named `batch`,
+    how much is looked at at once, may change a figure."""
 
     @abstractmethod
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:

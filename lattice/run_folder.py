@@ -16,7 +16,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,8 +30,7 @@ RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
-MAY_DIFFER = (
-    "run.steps",
+HOW_COMPUTED = (
     "run.log_every",
     "run.micro_batch",
     "run.device",
@@ -47,8 +46,10 @@ MAY_DIFFER = (
     "checkpoint",
     "imports",
 )
-"""Options and tables that may change between the parts of an interrupted run without making it another run:
-how it is computed, on which machine, and what is seen of it; not what is computed."""
+"""Options and tables that say how a run is computed, on which machine, and what is seen of it; not what is
+computed."""
+MAY_DIFFER = ("run.steps", *HOW_COMPUTED)
+"""What may change between the parts of an interrupted run without making it another run."""
 
 
 class RunExists(ValueError):
@@ -122,16 +123,34 @@ def read_table(folder: Path) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    before, after = leaves(old), leaves(new)
     return [
-        f"{key}: {before.get(key, 'unset')!r} there, {after.get(key, 'unset')!r} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _may_differ(key)
+        f"{key}: {before!r} there, {after!r} here"
+        for key, (before, after) in differing(_without(MAY_DIFFER, old), _without(MAY_DIFFER, new)).items()
     ]
 
 
-def _may_differ(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+def trained_as(recipe: Recipe) -> dict[str, Any]:
+    """The options that decide what a run computes, but for its seed, by their dotted keys: runs that have the
+    same differ by chance alone."""
+    return _without(("run.seed", *HOW_COMPUTED), recipe.table())
+
+
+def _without(keys: Sequence[str], table: dict[str, Any]) -> dict[str, Any]:
+    """The options of nested tables, but for those at and beneath `keys`."""
+    return {
+        key: value
+        for key, value in leaves(table).items()
+        if not any(key == left_out or key.startswith(f"{left_out}.") for left_out in keys)
+    }
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of options by their keys those that are not the same in both, with what each has."""
+    return {
+        key: (old.get(key, "unset"), new.get(key, "unset"))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
 
 
 def leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:

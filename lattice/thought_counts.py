@@ -8,11 +8,10 @@ from contextlib import suppress
 from lattice.options import to_table
 from lattice.protocols import Recurrence
 from lattice.recipe import Recipe, load_recipe
+from lattice.run_folder import trained_as
 
 MOST = 64
 """Counts that are tried to find a recipe's own."""
-NO_TRAINING = ("seed", "log_every", "device", "evaluators", "metrics", "checkpoint", "imports")
-"""What two recipes may have otherwise and be the same training but for chance."""
 
 
 def with_thoughts(recipe: Recipe, count: int, *, drawn: bool = True) -> Recipe:
@@ -74,7 +73,6 @@ def family(recipe: Recipe) -> tuple[str, str] | None:
         thinking = to_table(recurrence.with_thoughts(0))
     except ValueError:
         return None
-    table = {name: value for name, value in recipe.table().items() if name not in NO_TRAINING}
-    table["run"] = {name: value for name, value in table["run"].items() if name not in NO_TRAINING}
-    table["recurrence"] = thinking["kind"]
-    return json.dumps(table, sort_keys=True), json.dumps(thinking, sort_keys=True)
+    options = trained_as(recipe)
+    trained = {key: value for key, value in options.items() if not key.startswith("recurrence.")}
+    return json.dumps([thinking["kind"], trained], sort_keys=True), json.dumps(thinking, sort_keys=True)

@@ -16,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
+from lattice.compare_report import report
 from lattice.ledger import ledger
 from lattice.recipe import RecipeError, load_recipe
 from lattice.run_folder import RunExists, locked
@@ -277,6 +278,27 @@ def test_runs_are_one_arm_if_only_their_seed_differs(tmp_path):
     assert spread.mean == pytest.approx(sum(losses) / 2)
 
 
+def test_how_runs_are_computed_and_when_they_are_evaluated_splits_no_arm(tmp_path):
+    train(tmp_path / "one")
+    train(
+        tmp_path / "other",
+        run={**RECIPE["run"], "seed": 1, "micro_batch": 4, "log_every": 1},
+        checkpoint={"kind": "dcp", "every": 3},
+        evaluators={"validation": {**RECIPE["evaluators"]["validation"], "every": 4}},
+    )
+    (row,) = report(find_runs([tmp_path])[0], None)
+    assert row["seeds"] == [0, 1]
+    assert len(row["validation_loss"]) == 2
+
+
+def test_what_evaluators_measure_otherwise_is_said(tmp_path):
+    train(tmp_path / "one")
+    train(tmp_path / "other", evaluators={"validation": {"kind": "perplexity", "max_tokens": 64}})
+    differ = "they differ in: evaluators.validation.max_tokens 256, 64$"
+    with pytest.raises(ValueError, match=f"no evaluator with a loss in common.*{differ}"):
+        report(find_runs([tmp_path])[0], None)
+
+
 def test_a_family_differs_in_its_thoughts_alone(tmp_path):
     def thinking(count, **options):
         return load_recipe(
@@ -289,7 +311,7 @@ def test_a_family_differs_in_its_thoughts_alone(tmp_path):
         "sweeps_2": thinking(2, **sweeps),
         "plain": thinking(0),
         "plain_longer": load_recipe({**thinking(0).table(), **longer}),
-        "jacobi_1": thinking(1),
+        "jacobi_1": load_recipe(thinking(1), ["run.micro_batch=4", "checkpoint.every=3"]),
         "sweeps_1": thinking(1, **sweeps),
         "none": load_recipe({**RECIPE, "recurrence": {"kind": "none"}}),
         "depth": load_recipe({**RECIPE, "recurrence": {"kind": "depth"}}),
