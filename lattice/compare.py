@@ -18,6 +18,7 @@ from typing import Any
 from lattice.ledger import Ledger, ledger
 from lattice.load import recipe_of
 from lattice.options import to_table
+from lattice.protocols import Evaluator
 from lattice.recipe import Recipe
 from lattice.registry import nearest
 from lattice.run_folder import (
@@ -268,6 +269,12 @@ def alike(recipes: Sequence[Recipe]) -> list[str]:
     """The evaluators that measure the same in all recipes."""
     first, *others = map(_measured, recipes)
     return [name for name in first if all(other.get(name) == first[name] for other in others)]
+
+
+def comparable(recipes: Sequence[Recipe]) -> list[str]:
+    """The evaluators whose losses will compare runs of these recipes."""
+    evaluators: dict[str, Evaluator] = recipes[0].named("evaluator")
+    return [name for name in alike(recipes) if evaluators[name].gives_loss]
 
 
 def unlike(recipes: Sequence[Recipe]) -> str:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -509,6 +509,8 @@ class Evaluator(Protocol):
     every: int
     """Steps between evaluations while training; 0 for the end only. Neither this nor an option named `batch`,
     how much is looked at at once, may change a figure."""
+    gives_loss: ClassVar[bool] = False
+    """Whether its figures have a `loss`, in nats a token, by which runs compare."""
 
     @abstractmethod
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lattice import options, toml_source
+from lattice.compare import comparable, unlike
 from lattice.ledger import Ledger, ledger
 from lattice.recipe import Recipe, RecipeError, load_recipe
 from lattice.registry import nearest
@@ -133,19 +134,15 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise RecipeError(problems)
     arms = _Arms(source, path.parent / study.base, overrides, problems)
     found = arms.all()
-    if not problems and not _common_evaluators([arm.recipe for arm in found.values()]):
+    recipes = [arm.recipe for arm in found.values()]
+    if not problems and not comparable(recipes):
         problems.append(
-            f"{path}: the arms have no evaluator with the same settings in common, so that nothing compares "
-            "them: set [evaluators.NAME] in the base"
+            f"{path}: the arms have no evaluator with a loss in common, so that nothing compares them: set "
+            f"[evaluators.NAME] in the base{unlike(recipes)}"
         )
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return Study(name=path.stem, seeds=study.seeds, arms=tuple(found[name] for name in tables))
-
-
-def _common_evaluators(recipes: Sequence[Recipe]) -> list[str]:
-    first, *others = (recipe.table().get("evaluators", {}) for recipe in recipes)
-    return [name for name, settings in first.items() if all(o.get(name) == settings for o in others)]
 
 
 class _Arms:

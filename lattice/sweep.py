@@ -22,9 +22,11 @@ from typing import NamedTuple
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lattice import atomic, preflight
+from lattice.compare import comparable, unlike
 from lattice.console import console, errors, say
 from lattice.hardware import visible_gpus
 from lattice.interrupts import StopRequest
+from lattice.load import recipe_of
 from lattice.recipe import Recipe, RecipeError, load_recipe
 from lattice.run_folder import METRICS, RECIPE, RunExists, check_same, finished, locked, read_table
 from lattice.study import Arm, Study
@@ -164,8 +166,9 @@ def show_failures(outcome: Outcome) -> None:
 
 
 def _check(jobs: Sequence[Job]) -> None:
-    """Raises RecipeError for arms that cannot be trained here, and for runs that are of another recipe than
-    their arm has now: what they reached is not this arm's."""
+    """Raises RecipeError for arms that cannot be trained here, for runs that are of another recipe than their
+    arm has now, whose losses are not this arm's, and for finished ones that nothing would compare with the
+    others."""
     problems: list[str] = []
     for job in jobs:
         try:
@@ -179,6 +182,15 @@ def _check(jobs: Sequence[Job]) -> None:
                 f"arm '{job.arm.name}': '{job.folder}' is a run of {before} steps, and run.steps is {steps} "
                 "now: schedules that end elsewhere do not compare. Choose another directory with --out, or "
                 "remove this one"
+            )
+    if not problems:
+        recipes = [
+            recipe_of(job.folder, trust_imports=True) if job.finished else job.arm.recipe for job in jobs
+        ]
+        if not comparable(recipes):
+            problems.append(
+                "runs that are finished have no evaluator with a loss in common with the others"
+                f"{unlike(recipes)}. Choose another directory with --out, or remove them"
             )
     for arm in {job.arm.name: job.arm for job in jobs if not job.finished}.values():
         try:

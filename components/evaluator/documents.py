@@ -26,6 +26,8 @@ IGNORED = -100
 class Documents(Evaluator):
     """Held-out loss (nats a token), perplexity and bits per byte, document by document."""
 
+    gives_loss = True
+
     every: int = 0
     """Steps between evaluations; 0 for the end only."""
     max_documents: int | None = None

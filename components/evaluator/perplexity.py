@@ -20,6 +20,8 @@ class Perplexity(Evaluator):
     Bits per byte divide by the mean bytes a token of the whole held-out text, so that tokenizers compare.
     """
 
+    gives_loss = True
+
     every: int = 100
     """Steps between evaluations; 0 for the end only."""
     max_tokens: int = 100_000

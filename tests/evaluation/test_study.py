@@ -127,7 +127,10 @@ def test_double_depth_of_one_thought(tmp_path):
         ),
         (
             {"a": {}, "b": {"evaluators": {"validation": {"max_tokens": 64}}}},
-            ["the arms have no evaluator with the same settings in common"],
+            [
+                "the arms have no evaluator with a loss in common",
+                "they differ in: evaluators.validation.max_tokens 256, 64",
+            ],
         ),
     ],
 )
@@ -136,6 +139,16 @@ def test_what_is_wrong_with_a_study_is_said(tmp_path, arms, messages):
         read_study(write(tmp_path, arms))
     for message in messages:
         assert message in str(error.value).replace(str(tmp_path) + "/", "")
+
+
+def test_a_study_needs_a_loss_in_common(tmp_path):
+    sample = {"sample": {"kind": "sample", "prompt": "def"}}
+    (tmp_path / "base.toml").write_text(
+        tomli_w.dumps({**RECIPE, "evaluators": RECIPE["evaluators"] | sample})
+    )
+    read_study(write(tmp_path, {"a": {}, "b": {"evaluators": {"validation": {"every": 7}}}}))
+    with pytest.raises(RecipeError, match="no evaluator with a loss in common"):
+        read_study(write(tmp_path, {"a": {}, "b": {"evaluators": {"validation": {"max_tokens": 64}}}}))
 
 
 def test_unknown_keys_of_a_study(tmp_path):
@@ -187,6 +200,13 @@ def test_a_sweep_trains_compares_and_goes_on(tmp_path, capsys):
         said = capsys.readouterr().err.replace("\n", " ")
         assert f"is a run of 4 steps, and run.steps is {steps} now" in said
         assert not (tmp_path / "out/new").exists()
+    base = {**RECIPE, "evaluators": {"validation": {"kind": "perplexity", "max_tokens": 64}}}
+    (tmp_path / "base.toml").write_text(tomli_w.dumps(base))
+    write(tmp_path, {"plain": {}, "new": {}})
+    assert command("sweep", path, "--out", "out") == 2  # nothing would compare the two
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "they differ in: evaluators.validation.max_tokens 256, 64" in said
+    assert not (tmp_path / "out/new").exists()
 
 
 def test_a_sweep_that_is_refused_changes_nothing(tmp_path):
