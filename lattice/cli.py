@@ -267,18 +267,21 @@ def sweep(study: Path, *, out: Path | None = None, jobs: int = 1, set_: Set = No
     """
     from lattice.compare import find_runs
     from lattice.compare_report import report
+    from lattice.console import say
     from lattice.study import read_study
     from lattice.sweep import show_failures
     from lattice.sweep import sweep as sweep_
 
     plan_ = read_study(study, set_ or [])
     folder = out or Path("runs") / study.stem
+    notes = {arm.name: arm.matched for arm in plan_.arms if arm.matched}
+    for name, matched in notes.items():
+        say(f"arm '{name}': {matched}")
     outcome = sweep_(plan_, folder, at_once=jobs)
     if outcome.stopped:
         sys.exit(130)
     show_failures(outcome)
     if outcome.folders:
-        notes = {arm.name: arm.matched for arm in plan_.arms if arm.matched}
         runs, _ = find_runs(outcome.folders, trust_imports=True)
         report(runs, folder, title=study.stem, notes=notes)
     if outcome.failed:

@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
@@ -244,6 +244,7 @@ def _matched(name: str, recipe: Recipe, match: Match, other: Recipe) -> Arm:
     values = {key: _whole_number(recipe, key) for key in match.by}
     unit = reduce(math.gcd, values.values())
 
+    @cache
     def at(multiple: int) -> tuple[Recipe, float]:
         """With values of `multiple` units, and its cost over that which is wanted."""
         settings = [f"{key}={value // unit * multiple}" for key, value in values.items()]
@@ -259,6 +260,10 @@ def _matched(name: str, recipe: Recipe, match: Match, other: Recipe) -> Arm:
     except OverflowError as error:
         raise ValueError(f"{', '.join(match.by)} do not change the {match.quantity}") from error
     shown = ", ".join(f"{key} = {_whole_number(found, key)}" for key in match.by)
+    if ratio > 1 and found is at(1)[0]:
+        raise ValueError(
+            f"the {match.quantity} are {ratio:.3f} of those wanted even with {shown}; must be 1 or less"
+        )
     wanted = "" if match.times == 1 else f"{match.times:g} times "
     return Arm(
         name=name,
@@ -269,7 +274,7 @@ def _matched(name: str, recipe: Recipe, match: Match, other: Recipe) -> Arm:
 
 def _around(at: Callable[[int], tuple[Recipe, float]], first: int) -> list[int]:
     """The last multiple that costs too little and the first that costs enough, searched from `first` on.
-    Raises OverflowError where none costs enough."""
+    Raises OverflowError where none costs enough, or all cost the same."""
     low, high = 0, first
     while at(high)[1] < 1:
         low, high = high, 2 * high
@@ -278,7 +283,11 @@ def _around(at: Callable[[int], tuple[Recipe, float]], first: int) -> list[int]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if at(middle)[1] < 1 else (low, middle)
-    return [one for one in (low, high) if one]
+    if low:
+        return [low, high]
+    if at(2)[1] == at(1)[1]:
+        raise OverflowError
+    return [high]
 
 
 def _whole_number(recipe: Recipe, key: str) -> int:

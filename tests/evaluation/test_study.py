@@ -106,6 +106,31 @@ def test_double_depth_of_one_thought(tmp_path):
             ["arms.b.match: run.steps do not change the parameters"],
         ),
         (
+            {"a": {}, "b": {"match": {"of": "a", "quantity": "parameters", "by": ["run.steps"]}}},
+            ["arms.b.match: run.steps do not change the parameters"],
+        ),
+        (
+            {
+                "a": {"backbone": {"num_hidden_layers": 1}},
+                "b": {"match": {"of": "a", "quantity": "inference_flops", "by": ["run.steps"]}},
+            },
+            ["arms.b.match: run.steps do not change the inference_flops"],
+        ),
+        (
+            {
+                "a": {},
+                "b": {
+                    "backbone": {"hidden_size": 64, "intermediate_size": 256},
+                    "match": {
+                        "of": "a",
+                        "quantity": "inference_flops",
+                        "by": ["backbone.num_hidden_layers"],
+                    },
+                },
+            },
+            ["of those wanted even with backbone.num_hidden_layers = 1; must be 1 or less"],
+        ),
+        (
             {"a": {}, "b": {"match": {"of": "a", "quantity": "parameters", "by": ["backbone.layers"]}}},
             ["by: 'backbone.layers' is no key of the recipe"],
         ),
@@ -166,10 +191,12 @@ def test_unknown_keys_of_a_study(tmp_path):
 # ── runs ──────────────────────────────────────────────────────────────────────────────────────────
 def test_a_sweep_trains_compares_and_goes_on(tmp_path, capsys):
     failing = {"optimizer": {"lr": 1e30}}  # nothing is finite after a step
-    arms = {"plain": {}, "failing": failing, "latent": LATENT}
+    match = {"quantity": "training_flops", "of": "latent", "by": ["run.steps"]}
+    arms = {"plain": {}, "failing": {**failing, "match": match}, "latent": LATENT}
     path = write(tmp_path, arms, seeds=[0, 1])
     assert command("sweep", path, "--out", "out", "--jobs", 2) == 1
     said = capsys.readouterr()
+    assert "arm 'failing': training_flops " in said.out
     assert "failing, seed 0 failed" in said.err
     assert "failing, seed 1 failed" in said.err
     figures = {row["arm"]: row for row in json.loads((tmp_path / "out/comparison.json").read_text())}
