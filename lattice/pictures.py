@@ -98,12 +98,12 @@ def _curves(
 ) -> bytes:
     with _figure(height=5.5) as (axes, png):
         for index, group in enumerate(groups):
-            curves = [run.curve(f"{evaluator}/loss") for run in group.runs]
-            length = min(len(tokens) for tokens, _ in curves)
-            if not length:
+            curves = [dict(zip(*run.curve(f"{evaluator}/loss"), strict=True)) for run in group.runs]
+            tokens = sorted(set.intersection(*map(set, curves)))  # where all seeds were evaluated
+            if not tokens:
                 continue
-            at = np.array(curves[0][0][:length]) * scale(group)
-            losses = np.array([losses[:length] for _, losses in curves])
+            at = np.array(tokens) * scale(group)
+            losses = np.array([[curve[here] for here in tokens] for curve in curves])
             axes.plot(at, losses.mean(0), label=_label(group.name), **_style(index))
             axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
         axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token", xscale="log")

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
 from lattice.compare_report import report
 from lattice.ledger import ledger
+from lattice.pictures import _curves
 from lattice.recipe import RecipeError, load_recipe
 from lattice.run_folder import RunExists, locked
 from lattice.study import QUANTITIES, read_study
@@ -389,6 +390,31 @@ def test_arms_of_the_same_recipe_stay_apart_and_a_run_counts_once(tmp_path):
         train(tmp_path / arm / "seed0")
     runs, _ = find_runs([tmp_path, tmp_path / "one", tmp_path / "other" / ".." / "one"])
     assert [(group.name, len(group.runs)) for group in groups_of(runs)] == [("one", 1), ("other", 1)]
+
+
+def drawn(monkeypatch):
+    """What axes are asked to plot: a list that fills."""
+    lines, plot = [], Axes.plot
+
+    def noting(axes, *arguments, **options):
+        lines.append((*arguments, options["label"]))
+        return plot(axes, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "plot", noting)
+    return lines
+
+
+def test_curves_are_averaged_where_all_seeds_were_evaluated(tmp_path, monkeypatch):
+    losses = [{128: 4.0, 256: 3.0, 512: 1.0}, {256: 5.0, 384: 9.0, 512: 2.0}]
+    for seed, curve in enumerate(losses):
+        rows = [{"step": 1, "tokens": at, "validation/loss": loss} for at, loss in curve.items()]
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [Run(tmp_path / f"seed{seed}", load_recipe(RECIPE), {}) for seed in (0, 1)]
+    lines = drawn(monkeypatch)
+    _curves([Group("arm", tuple(runs))], "validation", "tokens", lambda group: 1.0)
+    ((tokens, means, _),) = lines
+    assert (list(tokens), list(means)) == ([256, 512], [4.0, 1.5])
 
 
 def test_plot_draws_any_runs(tmp_path, capsys, monkeypatch):
