@@ -161,8 +161,9 @@ def _style(index: int, *, marked: bool = True) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    """As it is: between dollars matplotlib would read mathematics."""
-    return name.replace("$", r"\$")
+    """As it is: between dollars matplotlib would read mathematics, and a name that begins with _ it would
+    leave out."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _name(axes: Axes) -> None:
@@ -210,8 +211,11 @@ def _number(value: Any) -> bool:
 
 
 def _smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The mean of each value and those before it, SMOOTHED at most."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    """The mean of each value and those before it, SMOOTHED at most, of those that are finite; NaN where none
+    is."""
+    finite = np.isfinite(values)
+    sums, counts = (np.cumsum([0.0, *of]) for of in (np.where(finite, values, 0.0), finite))
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(0, stop - SMOOTHED)
-    return np.asarray((sums[stop] - sums[start]) / (stop - start))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((sums[stop] - sums[start]) / (counts[stop] - counts[start]))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
 from lattice.compare_report import report
 from lattice.ledger import ledger
-from lattice.pictures import _curves
+from lattice.pictures import _curves, curves
 from lattice.recipe import RecipeError, load_recipe
 from lattice.run_folder import RunExists, locked
 from lattice.study import QUANTITIES, read_study
@@ -415,6 +416,25 @@ def test_curves_are_averaged_where_all_seeds_were_evaluated(tmp_path, monkeypatc
     _curves([Group("arm", tuple(runs))], "validation", "tokens", lambda group: 1.0)
     ((tokens, means, _),) = lines
     assert (list(tokens), list(means)) == ([256, 512], [4.0, 1.5])
+
+
+def test_a_metric_that_is_not_finite_leaves_the_others(tmp_path, monkeypatch):
+    (tmp_path / "_run").mkdir()
+    rows = [
+        {"step": at, "tokens": at, "loss": loss} for at, loss in enumerate([math.inf, 2.0, math.nan, 4.0])
+    ]
+    (tmp_path / "_run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, legends, legend = drawn(monkeypatch), [], Axes.legend
+
+    def noting(axes, **options):
+        legends.append([text.get_text() for text in legend(axes, **options).get_texts()])
+
+    monkeypatch.setattr(Axes, "legend", noting)
+    curves([Path("_run")])
+    ((_, means, _),) = lines
+    assert math.isnan(means[0])
+    assert list(means[1:]) == [2.0, 2.0, 3.0]
+    assert legends == [[" _run"]]  # matplotlib leaves out what begins with _
 
 
 def test_plot_draws_any_runs(tmp_path, capsys, monkeypatch):
