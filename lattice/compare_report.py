@@ -121,7 +121,14 @@ def _page(
 
 
 def _differences(base: Recipe, other: Recipe) -> list[str]:
-    """Keys of the other recipe that are not the base's, as they would stand in a recipe."""
+    """What the other recipe has that is not the base's, as it would stand in a recipe, and what of the base
+    it lacks, but for options of a kind that it has replaced."""
     before, after = leaves(base.table()), leaves(other.table())
     changed = {key: value for key, value in after.items() if before.get(key) != value and key != "run.seed"}
-    return [f"{key} = {json.dumps(value)}" for key, value in changed.items()]
+    kinds = [key for key in before if key.endswith(".kind") and before[key] != after.get(key)]
+    replaced = tuple(key.removesuffix("kind") for key in kinds)
+    lacking = [key for key in before if key not in after and (key in kinds or not key.startswith(replaced))]
+    return [
+        *(f"{key} = {json.dumps(value)}" for key, value in changed.items()),
+        *(f"{key}: unset" for key in lacking),
+    ]

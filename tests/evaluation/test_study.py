@@ -17,14 +17,14 @@ import torch
 from matplotlib.axes import Axes
 
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
-from lattice.compare_report import report
+from lattice.compare_report import _differences, report
 from lattice.ledger import ledger
 from lattice.pictures import _curves, curves
 from lattice.recipe import RecipeError, load_recipe
 from lattice.run_folder import RunExists, locked
 from lattice.study import QUANTITIES, read_study
 from lattice.sweep import jobs_of, sweep
-from tests.evaluation.small_runs import RECIPE, command, train
+from tests.evaluation.small_runs import RECIPE, THINKING, command, train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HEADS = "backbone.num_attention_heads"
@@ -435,6 +435,21 @@ def test_a_metric_that_is_not_finite_leaves_the_others(tmp_path, monkeypatch):
     assert math.isnan(means[0])
     assert list(means[1:]) == [2.0, 2.0, 3.0]
     assert legends == [[" _run"]]  # matplotlib leaves out what begins with _
+
+
+def test_what_an_arm_lacks_of_the_base_is_said():
+    books = {"books": {"kind": "documents", "max_documents": 3}}
+    base = load_recipe({**RECIPE, "evaluators": RECIPE["evaluators"] | books, "recurrence": THINKING})
+    settings = ['evaluators.books={kind = "documents", overlap = 2}', "recurrence.kind=none", "run.seed=1"]
+    other = load_recipe(RECIPE, settings)
+    assert _differences(base, other) == [
+        'recurrence.kind = "none"',
+        "recurrence.initializer_range = 0.02",
+        "evaluators.books.overlap = 2",
+        "evaluators.books.max_documents: unset",
+    ]
+    without = load_recipe({**RECIPE, "recurrence": THINKING})
+    assert _differences(base, without) == ["evaluators.books.kind: unset"]
 
 
 def test_plot_draws_any_runs(tmp_path, capsys, monkeypatch):
