@@ -226,8 +226,10 @@ def check_comparable(runs: Sequence[Run]) -> None:
     if problems:
         raise ValueError("\n".join(problems))
     for run in runs[1:]:
-        ours, theirs = _identity(first), _identity(run)
-        differ = [f"{what} {ours[what]}, {theirs[what]}" for what in ours if ours[what] != theirs[what]]
+        differ = [
+            f"{what} {ours}, {theirs}"
+            for what, (ours, theirs) in differing(_identity(first), _identity(run)).items()
+        ]
         if differ:
             problems.append(
                 f"the losses of '{first.folder}' and '{run.folder}' do not compare, for they differ in: "
@@ -240,9 +242,9 @@ def check_comparable(runs: Sequence[Run]) -> None:
 def _identity(run: Run) -> dict[str, str]:
     """What must agree for two losses to compare."""
     prints = run.summary["provenance"]["fingerprints"]
-    texts = {"training text": "training", "validation text": "validation", "tokenizer": "tokenizer"}
+    texts = {"training": "training text", "validation": "validation text"}
     return {
-        **{shown: prints[name][:12] for shown, name in texts.items()},
+        **{texts.get(name, name): value[:12] for name, value in prints.items()},
         "run.sequence_tokens": str(run.recipe.run.sequence_tokens),
     }
 

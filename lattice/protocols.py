@@ -416,8 +416,8 @@ class Source(Protocol):
     validation_bytes_per_token: float
     """UTF-8 bytes of the validation text divided by its tokens: turns nats a token into bits a byte."""
     fingerprints: dict[str, str]
-    """Of the training tokens, the validation tokens and the tokenizer, by their content alone: the losses of
-    two runs compare if these agree."""
+    """Of the training tokens, the validation tokens and the tokenizer, by their content alone, under names of
+    the source's own: the losses of two runs compare if all of these agree."""
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each optimizer step from step `first` on, without end."""

@@ -452,6 +452,15 @@ def test_what_an_arm_lacks_of_the_base_is_said():
     assert _differences(base, without) == ["evaluators.books.kind: unset"]
 
 
+def test_fingerprints_compare_under_any_name(tmp_path):
+    def run(name, prints):
+        return Run(tmp_path / name, load_recipe(RECIPE), {"provenance": {"fingerprints": prints}})
+
+    check_comparable([run("one", {"words": "ab"}), run("other", {"words": "ab"})])
+    with pytest.raises(ValueError, match=r"they differ in: more unset, cd; words ab, ba$"):
+        check_comparable([run("one", {"words": "ab"}), run("other", {"words": "ba", "more": "cd"})])
+
+
 def test_plot_draws_any_runs(tmp_path, capsys, monkeypatch):
     train(tmp_path / "runs/one")
     (tmp_path / "runs/one/summary.json").unlink()  # a run that goes on has none
