@@ -54,8 +54,8 @@ def _optimizer(graph: TrainingGraph) -> dict[str, Any]:
     return found
 
 
-def facts(graph: TrainingGraph, step: int, seconds: float) -> dict[str, Any]:
-    """`step` steps are done, in `seconds`."""
+def facts(graph: TrainingGraph, step: int, *, seconds: float, peak_memory_mib: float) -> dict[str, Any]:
+    """`step` steps are done, in `seconds`, with so much memory at most."""
     random = {"cpu": torch.get_rng_state()}
     if graph.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(graph.device)
@@ -63,6 +63,7 @@ def facts(graph: TrainingGraph, step: int, seconds: float) -> dict[str, Any]:
         "step": step,
         "tokens": step * graph.recipe.run.batch_tokens,
         "seconds": seconds,
+        "peak_memory_mib": peak_memory_mib,
         "seed": graph.recipe.run.seed,
         "data": _position(graph, step),
         "groups": _moved(graph),

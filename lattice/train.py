@@ -110,7 +110,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         log.event("ready", step=resumed["step"])
         watch = stack.enter_context(Watch(folder, world, recipe.run.timeout, log).on())
         try:
-            return Loop(graph, resumed["step"], resumed["seconds"], watch).run()
+            return Loop(graph, resumed, watch).run()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -147,12 +147,13 @@ def _prolonged(folder: Path, recipe: Recipe) -> str:
 class Loop:
     """One part of a run, from a checkpoint or the start to the end or an interruption."""
 
-    def __init__(self, graph: TrainingGraph, first: int, seconds_before: float, watch: Watch) -> None:
+    def __init__(self, graph: TrainingGraph, before: Mapping[str, Any], watch: Watch) -> None:
         self.graph = graph
         self.watch = watch
         self.run_options = graph.recipe.run
-        self.first = first
-        self.started = time.perf_counter() - seconds_before
+        self.first: int = before["step"]
+        self.started = time.perf_counter() - before["seconds"]
+        self.peak_before: float = before.get("peak_memory_mib", 0.0)
         self.results: dict[str, dict[str, float | str]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -337,9 +338,11 @@ class Loop:
 
     def _save(self, done: int) -> None:
         self.watch.at(done, "checkpoint")
+        peak = self._peak_memory_mib()
         if self.graph.world.rank == 0:
             self._file.sync()
-        facts = state.facts(self.graph, done, time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        facts = state.facts(self.graph, done, seconds=seconds, peak_memory_mib=peak)
         self.graph.checkpointer.save(done, state.tensors(self.graph), facts)
 
     def _open_logs(self, stack: ExitStack) -> None:
@@ -369,9 +372,13 @@ class Loop:
 
     def _summary(self) -> dict[str, Any]:
         """Written once everything before it is on disk: its presence says that the run is complete."""
-        graph = self.graph
-        peaks = graph.world.gather([run_folder.peak_memory_mib(graph.device)])
-        return graph.world.from_first(lambda: self._write_summary(max(peak for (peak,) in peaks)))
+        peak = self._peak_memory_mib()
+        return self.graph.world.from_first(lambda: self._write_summary(peak))
+
+    def _peak_memory_mib(self) -> float:
+        """The most that a rank has taken, in this part of the run or one before."""
+        peaks = self.graph.world.gather([run_folder.peak_memory_mib(self.graph.device)])
+        return max(self.peak_before, *(peak for (peak,) in peaks))
 
     def _write_summary(self, peak_memory_mib: float) -> dict[str, Any]:
         graph, options = self.graph, self.run_options

@@ -200,6 +200,13 @@ def test_killed_between_the_last_checkpoint_and_the_summary(train, whole, tmp_pa
     assert rows(tmp_path / "run") == whole()
 
 
+def test_the_peak_of_memory_is_that_of_all_parts(train, monkeypatch):
+    monkeypatch.setattr(run_folder, "peak_memory_mib", lambda device: 900.0)
+    train(*stop_at(2))
+    monkeypatch.setattr(run_folder, "peak_memory_mib", lambda device: 100.0)
+    assert train()["peak_memory_mib"] == 900.0
+
+
 def test_a_finished_run_is_left_as_it_is(train, tmp_path, capsys):
     first = train()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

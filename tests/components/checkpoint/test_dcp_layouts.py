@@ -134,7 +134,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def save(one: Any, folder: Path) -> None:
     checkpointer = DcpCheckpoint().build(folder)
     torch.manual_seed(70 + (dist.get_rank() if dist.is_initialized() else 0))
-    checkpointer.save(2, state.tensors(one), state.facts(one, 2, 0.0))
+    checkpointer.save(2, state.tensors(one), state.facts(one, 2, seconds=0.0, peak_memory_mib=0.0))
     checkpointer.wait()
 
 
