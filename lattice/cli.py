@@ -77,10 +77,12 @@ def show(recipe: Path, *, set_: Set = None, origin: bool = False) -> None:
     origin
         Say behind each value where it comes from.
     """
+    from lattice.console import check_shown
     from lattice.recipe import load_recipe
     from lattice.report import show_recipe
 
     show_recipe(load_recipe(recipe, set_ or []), origin=origin)
+    check_shown()
 
 
 @app.command
@@ -93,8 +95,10 @@ def components(role: str | None = None) -> None:
         For instance recurrence; run for the table [run].
     """
     from lattice.components_report import show_components
+    from lattice.console import check_shown
 
     show_components(role)
+    check_shown()
 
 
 @app.command
@@ -129,10 +133,12 @@ def check(target: str, *, set_: Set = None) -> None:
     set_
         Options of the recurrence, such as thoughts=2.
     """
+    from lattice.console import check_shown
     from lattice.report import show_checks
 
     if not show_checks(target, set_ or []):
         sys.exit(1)
+    check_shown()
 
 
 @app.command
@@ -184,6 +190,7 @@ def bench(
     """
     from lattice.bench import Options
     from lattice.bench_report import run_bench
+    from lattice.console import check_shown
     from lattice.recipe import load_recipe
 
     of_first = list(set_ or [])
@@ -210,6 +217,7 @@ def bench(
         peak_tflops=peak_tflops,
     )
     run_bench(recipes, thoughts, options, out)
+    check_shown()
 
 
 @app.command
@@ -242,10 +250,12 @@ def plan(
     out
         A jsonl file for every setting.
     """
+    from lattice.console import check_shown
     from lattice.plan_report import run_plan
     from lattice.recipe import load_recipe
 
     run_plan(load_recipe(recipe, set_ or []), thoughts, gpu=gpu, gpus=gpus, utilization=mfu, out=out)
+    check_shown()
 
 
 @app.command
@@ -307,12 +317,13 @@ def compare(
     """
     from lattice.compare import find_runs
     from lattice.compare_report import report
-    from lattice.console import say
+    from lattice.console import check_shown, say
 
     found, unfinished = find_runs(runs, trust_imports=trust_imports)
     for folder in unfinished:
         say(f"'{folder}' is not finished and left out")
     report(found, out, evaluator=evaluator)
+    check_shown()
 
 
 @app.command

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -22,8 +24,29 @@ from rich.text import Text
 WIDE = 120
 """Columns of a table that is not on a terminal, at most."""
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+class _Output(Console):
+    """Shows while its stream lasts: once a pipe or a terminal is closed, or the disk under a file full, it is
+    quiet. What is only shown ends nothing that is computed."""
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            super().__exit__(*exception)  # writes
+        except OSError as error:
+            self.on_broken_pipe()
+            if not isinstance(error, BrokenPipeError):
+                warn(f"stdout cannot be written: {error.strerror or error}: nothing more is shown")
+
+    def on_broken_pipe(self) -> None:
+        """In place of the exit that rich has for it. What is left in the buffer, and what others print, goes
+        where it does not fail."""
+        self.quiet = True
+        with suppress(OSError), open(os.devnull, "w") as nowhere:  # not every stream has a descriptor
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+console = _Output(highlight=False)
+errors = _Output(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
@@ -34,6 +57,12 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """A line on stderr, likewise, of what goes on all the same."""
     errors.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
+def check_shown() -> None:
+    """Ends the process with exit code 1 where stdout did not last: for commands that do nothing but show."""
+    if console.quiet:
+        sys.exit(1)
 
 
 def plural(count: int, noun: str) -> str:
@@ -116,7 +145,12 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         shown.add_row(*row)
     # A file or a pipe has no width: there a table is as wide as it needs.
-    target = console if console.is_terminal else Console(file=console.file, width=WIDE, highlight=False)
+    target = (
+        console
+        if console.is_terminal
+        else _Output(file=console.file, width=WIDE, highlight=False, quiet=console.quiet)
+    )
     # As a line of its own: the title of a Table wraps at its width.
     target.print(title, style="table.title", markup=False, soft_wrap=True)
     target.print(shown, markup=False)
+    console.quiet = target.quiet

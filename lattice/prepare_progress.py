@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lattice.console import plural
+from lattice.console import errors, plural
 from lattice.prepare_encoding import Document
 
 LINE_SECONDS = 30.0
@@ -19,20 +18,19 @@ BAR_SECONDS = 0.2
 @contextmanager
 def progress(show: bool, sources: Sequence[str]) -> Iterator[Callable[[Document], None]]:
     """A function to call with each document; counts are of this run."""
-    console = Console(stderr=True)
     if not show:
         yield lambda document: None
-    elif console.is_terminal:
+    elif errors.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=errors) as bar:
             task = bar.add_task("reading")
             counter = _Counter(sources, BAR_SECONDS, lambda text: bar.update(task, description=text))
             yield counter.add
             bar.update(task, description=counter.text())
     else:
-        counter = _Counter(sources, LINE_SECONDS, lambda text: console.print(text, soft_wrap=True))
+        counter = _Counter(sources, LINE_SECONDS, lambda text: errors.print(text, soft_wrap=True))
         yield counter.add
-        console.print(counter.text(), soft_wrap=True)
+        errors.print(counter.text(), soft_wrap=True)
 
 
 class _Counter:

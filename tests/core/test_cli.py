@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -399,6 +401,58 @@ def test_training_shows_its_times_on_80_columns(figures, monkeypatch):
     assert re.search(r"\d:\d\d:\d\d left \d:\d\d:\d\d", last)
     assert "\n" not in last
     assert len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).strip("\r")) <= 80
+
+
+def broken_pipe():
+    end, pipe = os.pipe()
+    os.close(end)
+    return pipe
+
+
+def closed_terminal():
+    end, terminal = pty.openpty()
+    os.close(end)
+    return terminal
+
+
+def full_disk():
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.fixture
+def gone(monkeypatch):
+    """Replaces stdout or stderr by a stream that cannot be written to."""
+    monkeypatch.setattr(console.console, "quiet", False)
+    monkeypatch.setattr(console.errors, "quiet", False)
+    return lambda name, stream: monkeypatch.setattr(sys, name, os.fdopen(stream(), "w"))
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("stream", [broken_pipe, closed_terminal, full_disk])
+def test_what_is_shown_of_a_training_does_not_end_it(stream, name, gone, capsys):
+    gone(name, stream)
+    with console.Training(0, 2, 1) as training:
+        training.step({"step": 1, "loss": 3.0, "tokens_per_second": 1e6, "lr": 1e-3})
+        training.evaluation("validation", 1, {"loss": 3.0})
+        console.warn("a warning")
+    console.table("a title", ["a column"], [["a cell"]])
+    print("of somebody else", file=getattr(sys, name), flush=True)
+    said = capsys.readouterr()
+    assert ("validation: loss 3.0" in said.out) == (name == "stderr")
+    assert ("stdout cannot be written: " in said.err) == (name == "stdout" and stream != broken_pipe)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (broken_pipe, ""),
+        (full_disk, "warning: stdout cannot be written: No space left on device: nothing more is shown\n"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("show", "tiny.toml"), ("components", "recurrence")])
+def test_a_command_that_only_shows_fails_where_it_cannot(arguments, stream, message, gone, call):
+    gone("stdout", stream)
+    assert call(*arguments) == (1, "", message)
 
 
 @pytest.mark.parametrize(

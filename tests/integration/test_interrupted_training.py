@@ -122,6 +122,16 @@ def test_sigterm_from_outside_and_the_lock(place, train, whole, tmp_path):
     assert rows(tmp_path / "run") == whole()
 
 
+def test_a_run_whose_output_is_gone_goes_on_and_saves(place, tmp_path):
+    """As `| tee` ends with the Ctrl-C that stops the run, or before it."""
+    process = start(place, tmp_path / "run", *stop_at(7, "SIGINT"))
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    assert steps(tmp_path / "run") == list(range(1, 8))
+    assert checkpoints(tmp_path / "run") == ["step-00000004", "step-00000007"]
+
+
 def test_the_lock_ends_with_the_process_and_not_with_those_it_forked(tmp_path):
     """As data workers are, which notice late that their trainer was killed."""
     fork = multiprocessing.get_context("fork")
