@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -116,8 +116,9 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
     """Trains whatever is not finished, `at_once` runs side by side, the machine's threads and GPUs shared
     among them.
 
-    A failed run is reported and the others go on. After SIGINT or SIGTERM the running ones save their state
-    and stop; calling again goes on. Raises RecipeError where an arm cannot be trained here.
+    A failed run is reported and the others go on. After SIGINT or SIGTERM, or where the sweep itself fails,
+    the running ones save their state and stop; calling again goes on. Raises RecipeError where an arm cannot
+    be trained here.
     """
     if at_once < 1:
         raise ValueError(f"jobs = {at_once}: must be at least 1")
@@ -137,14 +138,14 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
         side_by_side = min(at_once, sum(job.takes_a_gpu for job in left))
         if side_by_side > len(gpus) > 0:
             say(f"{side_by_side} runs at once share {len(gpus)} GPUs, and their memory")
-        running: dict[Job, Running] = {}
+        running = stack.enter_context(_processes())
         while left or running:
             while left and len(running) < at_once and not stop.received:
                 job = left.popleft()
                 running[job] = _start(job, at_once, _free(gpus, running) if job.takes_a_gpu else None)
                 bars.start(job)
             if stop.received:
-                return _stop(running, stop.received, outcome)
+                break
             time.sleep(POLL_SECONDS)
             for job, (process, _) in list(running.items()):
                 bars.update(job)
@@ -153,6 +154,9 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
                     bars.end(job, failed=not job.finished)
                     if not job.finished:
                         outcome.failed[job.name] = job.log
+    if left or running:
+        say(f"{stop.received}: the runs stopped and saved; the same command goes on from there")
+        return Outcome(outcome.folders, outcome.failed, stop.received)
     outcome.folders.extend(job.folder for job in jobs if job.finished)
     return outcome
 
@@ -201,6 +205,19 @@ def _check(jobs: Sequence[Job]) -> None:
         raise RecipeError(problems)
 
 
+@contextmanager
+def _processes() -> Iterator[dict[Job, Running]]:
+    """For runs in processes of their own; those that are left at the end, whatever ends it, stop and save."""
+    running: dict[Job, Running] = {}
+    try:
+        yield running
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+
+
 def _free(gpus: Sequence[str], running: Mapping[Job, Running]) -> str | None:
     """The GPU that the fewest runs have."""
     taken = Counter(gpu for _, gpu in running.values())
@@ -222,15 +239,6 @@ def _start(job: Job, at_once: int, gpu: str | None) -> Running:
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     return Running(process, gpu)
-
-
-def _stop(running: Mapping[Job, Running], signal: str, outcome: Outcome) -> Outcome:
-    for process, _ in running.values():
-        process.terminate()
-    for process, _ in running.values():
-        process.wait()
-    say(f"{signal}: the runs stopped and saved; the same command goes on from there")
-    return Outcome(outcome.folders, outcome.failed, signal)
 
 
 class _Bars:

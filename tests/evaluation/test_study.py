@@ -278,6 +278,22 @@ def test_an_interrupted_sweep_loses_nothing(tmp_path):
     assert all(job.finished for job in jobs_of(study, tmp_path / "out"))
 
 
+def test_a_sweep_that_fails_leaves_no_run_behind(tmp_path, monkeypatch):
+    started = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    study = read_study(write(tmp_path, {"plain": {}, "failing": {}}))
+    (tmp_path / "out/failing/seed0.log").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=r"seed0\.log"):
+        sweep(study, tmp_path / "out", at_once=2)
+    assert [process.returncode is None for process in started] == [False]
+
+
 @pytest.mark.parametrize(("jobs", "shared"), [(1, [0]), (2, [0, 1]), (3, [0, 0, 1])])
 def test_each_run_has_a_gpu_of_its_own_while_there_are_enough(tmp_path, monkeypatch, capsys, jobs, shared):
     """The runs wait for each other, so that as many as may run at once note down their GPU while they do."""
