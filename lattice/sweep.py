@@ -225,7 +225,8 @@ def _free(gpus: Sequence[str], running: Mapping[Job, Running]) -> str | None:
 
 
 def _start(job: Job, at_once: int, gpu: str | None) -> Running:
-    command = [sys.executable, "-m", "lattice", "run", str(job.recipe)]
+    # Not from the current directory (-P), whose files may have the names of packages: as `lattice run` does.
+    command = [sys.executable, "-P", "-m", "lattice", "run", str(job.recipe)]
     command += ["--out", str(job.folder), "--set", f"run.seed={job.seed}"]
     environment = dict(os.environ)
     if at_once > 1:

@@ -294,6 +294,15 @@ def test_a_sweep_that_fails_leaves_no_run_behind(tmp_path, monkeypatch):
     assert [process.returncode is None for process in started] == [False]
 
 
+def test_files_with_the_names_of_packages_do_not_disturb_a_sweep(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ImportError('not the package')")
+    (tmp_path / "mine.py").write_text("print('of my own')")
+    base = {**RECIPE, "imports": ["mine.py"], "run": {**RECIPE["run"], "steps": 1}}
+    (tmp_path / "base.toml").write_text(tomli_w.dumps(base))
+    assert not sweep(read_study(write(tmp_path, {"plain": {}})), tmp_path / "out").failed
+    assert "of my own" in (tmp_path / "out/plain/seed0.log").read_text()
+
+
 @pytest.mark.parametrize(("jobs", "shared"), [(1, [0]), (2, [0, 1]), (3, [0, 0, 1])])
 def test_each_run_has_a_gpu_of_its_own_while_there_are_enough(tmp_path, monkeypatch, capsys, jobs, shared):
     """The runs wait for each other, so that as many as may run at once note down their GPU while they do."""
