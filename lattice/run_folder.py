@@ -64,9 +64,14 @@ def locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunExists(
                 f"another process is training in '{folder}': choose another with --out"
+            ) from error
+        except OSError as error:  # of a network file system, say, that is mounted without locks
+            raise atomic.CannotWrite(
+                f"'{folder}' cannot be locked for one process: {error.strerror or error}: choose a directory "
+                "on another file system with --out"
             ) from error
         _locks.add(file)
         try:

@@ -1,5 +1,7 @@
 """Runs that are interrupted, by signals or worse, and go on as if nothing had been."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from lattice import run_folder
+from lattice.atomic import CannotWrite
 from lattice.interrupts import StopRequest
 from lattice.train import Loop
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
@@ -155,6 +158,18 @@ def test_the_lock_ends_with_the_process_and_not_with_those_it_forked(tmp_path):
             pass
     finally:
         over.set()
+
+
+def test_a_directory_that_cannot_be_locked_is_not_told_to_be_in_use(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)  # no file system here is without
+    with (
+        pytest.raises(CannotWrite, match=r"'.*' cannot be locked for one process: Function not implemented"),
+        run_folder.locked(tmp_path),
+    ):
+        pass
 
 
 def test_sigterm_to_all_processes_leaves_the_data_workers_alone(place, short_documents, tmp_path):
