@@ -36,6 +36,22 @@ def make_folder(path: Path) -> None:
             raise CannotWrite(f"{path} is no directory") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raises CannotWrite, before anything is computed, where nothing could be kept. Leaves no new file."""
+    make_folder(path.parent)
+    new = not path.exists()
+    with naming(path):
+        path.open("a", encoding="utf-8").close()
+        if new:
+            path.unlink()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to the file, which need not be there. Raises CannotWrite with its name."""
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes the whole file or leaves the old one; two writers at once do not mix.
 

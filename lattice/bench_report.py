@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice import pictures
-from lattice.atomic import make_folder
+from lattice.atomic import append_line, check_writable
 from lattice.bench import Case, Options, bench
 from lattice.console import say, table
 from lattice.recipe import Recipe
@@ -23,13 +23,12 @@ def run_bench(
     """Measures every recipe at every thought count (None: as it is), shows the tables, and writes
     `bench.jsonl`, a line as soon as it is known, and `bench.png` to the folder `out`."""
     if out is not None:
-        make_folder(out)
+        check_writable(out / "bench.jsonl")
     rows: list[Row] = []
     for row in bench(_cases(recipes, thoughts), options):
         rows.append(row)
         if out is not None:
-            with (out / "bench.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(out / "bench.jsonl", json.dumps(row))
     show(rows)
     if out is not None:
         say(f"wrote {out / 'bench.jsonl'}" + _picture(rows, out / "bench.png"))

@@ -504,6 +504,7 @@ def generate(
     trust_imports
         Import the user code that the run's recipe names.
     """
+    from lattice import atomic
     from lattice.generate import Sampling
     from lattice.load import checkpoint_of, codec_of, load
     from lattice.prompts import read_prompts, unfinished
@@ -528,6 +529,8 @@ def generate(
         "set": set_ or [],
     }
     left = unfinished(texts, out, settings)
+    if out is not None:
+        atomic.check_writable(out)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     codec = codec_of(run, trust_imports=trust_imports)
     model = load(checkpoint, overrides=set_ or [], device=device, trust_imports=trust_imports)

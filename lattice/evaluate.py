@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lattice import harness, preflight
-from lattice.atomic import CannotWrite, make_folder, naming
+from lattice.atomic import CannotWrite, append_line, check_writable, make_folder, naming
 from lattice.console import errors, say, table, warn
 from lattice.figures import figures as figures_of
 from lattice.load import locate, recipe_of, saved, subject_of
@@ -114,7 +114,7 @@ def evaluate(
     recipes = [counted(recipe, *setting) for setting in settings]  # all of them before the first is loaded
     if wanted.tasks:
         harness.check_tasks(wanted.tasks, include=wanted.include)
-    _writable(path)
+    check_writable(path)
     if wanted.samples is not None:
         make_folder(wanted.samples)
     _, checkpoint = saved(run, recipe)  # one for all settings: a run that goes on saves others meanwhile
@@ -130,8 +130,7 @@ def evaluate(
             results.append(row)
             if not errors.is_terminal:
                 _say(curve, setting, figures)
-            with naming(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(path, json.dumps(row))
         curves = _curves_name({**setting, "limit": wanted.limit, "overlap": wanted.overlap}, overrides)
         _log(recipe, folder / "evaluation" / curves, subject.step, values)
     _show(results, settings)
@@ -187,16 +186,6 @@ def _figures(
                 file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         for task, figures in results.figures.items():
             yield task, results.few_shot.get(task), figures
-
-
-def _writable(path: Path) -> None:
-    """Raises CannotWrite, before anything is computed, where nothing could be kept. Leaves no new file."""
-    make_folder(path.parent)
-    new = not path.exists()
-    with naming(path):
-        path.open("a", encoding="utf-8").close()
-        if new:
-            path.unlink()
 
 
 def _log(recipe: Recipe, folder: Path, step: int, values: dict[str, float]) -> None:

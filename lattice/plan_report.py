@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.progress import track
 
 from lattice import options
+from lattice.atomic import check_writable, naming
 from lattice.communication import slots_to_hide
 from lattice.console import console, say, table
 from lattice.hardware import GPUS
@@ -32,6 +33,8 @@ def run_plan(
     if gpu not in GPUS:
         raise UnknownName(f"gpu '{gpu}' is not known{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}")
     target = Target(gpu=GPUS[gpu], gpus=gpus, utilization=utilization)
+    if out is not None:
+        check_writable(out)
     settings = list(
         track(
             plan(recipe, thoughts, target),
@@ -45,7 +48,8 @@ def run_plan(
     _show(recipe, settings, target, gpu)
     if out is not None:
         lines = [json.dumps({"gpu": gpu, "gpus": gpus, **dataclasses.asdict(one)}) for one in settings]
-        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with naming(out):
+            out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         say(f"wrote {out}")
     return settings
 

@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from rich.progress import Progress
 
 from lattice import registry
+from lattice.atomic import append_line
 from lattice.console import errors, plural, say, table
 from lattice.generate import Sampling, stream
 from lattice.model import LanguageModel
@@ -182,12 +182,13 @@ def write_completions(
     progress bar; or to stdout."""
     finished = len(prompts) - len(left)
     show_prefill(model, f"{plural(len(left), 'prompt')}, {finished} done before", parallel=parallel)
-    with ExitStack() as stack:
-        file = stack.enter_context(out.open("a", encoding="utf-8")) if out else sys.stdout
-        bar = stack.enter_context(Progress(console=errors, disable=out is None or not errors.is_terminal))
+    with Progress(console=errors, disable=out is None or not errors.is_terminal) as bar:
         task = bar.add_task("prompts", total=len(prompts), completed=finished)
         for number, completion in done:
             row = {"number": number, **asdict(completion), "settings": settings}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            line = json.dumps(row, ensure_ascii=False)
+            if out is None:
+                print(line, flush=True)
+            else:
+                append_line(out, line)
             bar.advance(task)

@@ -310,6 +310,10 @@ def test_generate_shows_what_the_python_api_computes(call, trained):
         (("--prompt", "a", "--top-p", "2"), "top_p = 2.0: must be in (0, 1]"),
         (("--prompt", "a", "--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
         (("--prompt", "a", "--device", "tpu"), "tpu"),
+        (
+            ("--prompt", "a", "--max-new-tokens", "2", "--out", "/dev/full"),
+            "error: /dev/full cannot be written: No",
+        ),
         ((), "--prompt"),
     ],
 )

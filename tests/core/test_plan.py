@@ -224,7 +224,7 @@ def test_batches_that_cannot_be_divided(run, gpus, message):
 
 
 def test_command(tmp_path, capsys):
-    path, out = tmp_path / "mine.toml", tmp_path / "plan.jsonl"
+    path, out = tmp_path / "mine.toml", tmp_path / "new" / "plan.jsonl"
     path.write_text(recipe_of().to_toml())
     with pytest.raises(SystemExit) as caught:
         main(["plan", str(path), "--thoughts", "0", "1", "--gpus", "4", "--mfu", "0.3", "--out", str(out)])
@@ -281,6 +281,7 @@ def test_a_rank_that_shares_sequences_has_a_part_of_their_tokens(tmp_path, capsy
         (["--gpus", "3"], "must divide by 3 GPUs"),
         (["--gpus", "4", "--set", "parallel.kind=single"], "parallel.kind = 'single': is for one process, 4"),
         (["--gpus", "4", "--set", "parallel.kind=tensor", "parallel.degree=3"], "parallel.degree = 3: must"),
+        (["--out", "/dev/null/plan.jsonl"], "/dev/null is no directory"),
         (["--mfu", "1.5"], "mfu = 1.5: must be greater than 0 and at most 1"),
         (["--thoughts", "-2"], "thoughts = -2: must be at least 0"),
         (["--thoughts", "1", "--set", "recurrence.kind=none"], "thoughts = 1: recurrence 'none' has none"),
