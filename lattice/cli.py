@@ -183,6 +183,10 @@ def bench(
         Other recipes, measured in turn with this one.
     set_
         Overrides of all recipes, table.key=value.
+    repetitions
+        Measurements, of which medians and quartiles are shown.
+    warm_up
+        Repetitions before them that are not measured.
     peak_tflops
         Of this machine, for MFU; known for some GPUs.
     out
@@ -402,6 +406,8 @@ def eval_(
         A folder for every question with its answers.
     set_
         Overrides of the run's recipe, table.key=value.
+    device
+        auto, cpu, or cuda with or without a number; auto is a GPU if there is one.
     out
         A jsonl file to add the figures to; evaluation.jsonl in the run's directory if not given.
     trust_imports
@@ -489,8 +495,14 @@ def generate(
         A file of prompts: one a line, or .jsonl with the key "prompt".
     out
         Write jsonl to this file; the same command goes on where it was interrupted.
+    max_new_tokens
+        Tokens after each prompt, at most.
     temperature
         0 takes the likeliest token each time.
+    top_k
+        Draw among this many of the likeliest tokens; among all if not given.
+    top_p
+        Draw among the likeliest tokens that together have this probability; among all if not given.
     seed
         Of the first prompt; the next one's is larger by 1.
     stop
@@ -501,6 +513,8 @@ def generate(
         Evaluate the prompt in sequence, or all tokens at once by the parallel solver.
     set_
         Overrides of the run's recipe, table.key=value.
+    device
+        auto, cpu, or cuda with or without a number; auto is a GPU if there is one.
     trust_imports
         Import the user code that the run's recipe names.
     """

@@ -491,6 +491,16 @@ def test_help_says_what_set_overrides(command, overrides, call):
     assert out.splitlines()[0].endswith(" [OPTIONS]"), "after them a recipe would be one more override"
 
 
+def test_every_option_has_a_text():
+    assert not [
+        f"{command} {argument.name}"
+        for command in cli.app
+        if not command.startswith("-")
+        for argument in cli.app[command].assemble_argument_collection(parse_docstring=True)
+        if not argument.parameter.help
+    ]
+
+
 def test_check_takes_an_option_as_a_recipe_calls_it(call):
     assert "recurrence.thoughts = -1: must be" in call("check", "latent_thoughts", "--set", "thoughts=-1")[2]
     assert call("check", "latent_thoughts", "--set", "recurrence.thoughts=-1") == call(
