@@ -39,6 +39,7 @@ def _at_least_one(_: Any, values: list[Any] | None) -> None:
 
 
 SEVERAL = Parameter(consume_multiple=True, negative="", validator=_at_least_one)
+Texts = Annotated[list[str] | None, Parameter(negative="", allow_leading_hyphen=True)]
 Set = Annotated[list[str] | None, SEVERAL, Parameter(name="--set")]
 
 
@@ -466,7 +467,7 @@ def prepare_eval(
 def generate(
     run: Path,
     *,
-    prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
+    prompt: Texts = None,
     prompts: Path | None = None,
     out: Path | None = None,
     max_new_tokens: int = 64,
@@ -474,7 +475,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop: Annotated[list[str] | None, Parameter(negative="")] = None,
+    stop: Texts = None,
     batch: int = 8,
     prefill: Literal["sequential", "parallel"] = "sequential",
     set_: Set = None,

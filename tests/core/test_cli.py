@@ -268,6 +268,13 @@ def test_generate_from_one_checkpoint(call, trained):
     )
 
 
+def test_a_prompt_and_a_stop_string_may_begin_with_a_hyphen(call, trained):
+    arguments = ("--max-new-tokens", "4", "--temperature", "0", "--stop", "-", "--prompt", "- item")
+    code, out, err = call("generate", trained, *arguments)
+    assert code == 0, err
+    assert out.startswith("- item")
+
+
 class Recorder(io.StringIO):
     """Remembers what had been written at each flush."""
 
