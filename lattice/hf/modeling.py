@@ -240,7 +240,12 @@ class ForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"past_key_values: must be the cache that this model returned, not {type(cache).__name__}"
             )
-        mask_BL = None if attention_mask is None else attention_mask[:, -ids_BL.shape[1] :]
+        rows, length = ids_BL.shape
+        fitting = {(rows, length), (rows, cache.get_seq_length() + length)}
+        if attention_mask is not None and (*attention_mask.shape,) not in fitting:
+            allowed = " or ".join(map(str, sorted(fitting)))
+            raise ValueError(f"attention_mask: has shape {(*attention_mask.shape,)}; must be {allowed}")
+        mask_BL = None if attention_mask is None else attention_mask[:, -length:]
         if mask_BL is not None and (cache.slots is None or cache.slots.real_tokens() is None):
             if bool(mask_BL.all()):
                 mask_BL = None

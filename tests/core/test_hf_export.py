@@ -232,6 +232,18 @@ def test_a_part_that_is_replaced_is_computed(pair, tmp_path):
     assert other._model.unroll is other.recurrence
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_mask_of_other_tokens_is_refused(use_cache, pair):
+    """It covers the tokens, and those in the cache if there are any."""
+    theirs, ids = loaded(pair[1]), some_ids()
+    for length in (6, 10, 12):
+        with pytest.raises(ValueError, match=rf"attention_mask: has shape \(3, {length}\); must be \(3, 9\)"):
+            theirs(ids, attention_mask=torch.ones(3, length, dtype=torch.long), use_cache=use_cache)
+    first = theirs(ids[:, :6], use_cache=True)
+    with pytest.raises(ValueError, match=r"has shape \(3, 8\); must be \(3, 3\) or \(3, 9\)"):
+        theirs(ids[:, 6:], attention_mask=torch.ones(3, 8), past_key_values=first.past_key_values)
+
+
 def test_logits_to_keep(pair):
     theirs, ids = loaded(pair[1]), some_ids()
     logits = theirs(ids).logits
