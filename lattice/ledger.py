@@ -35,7 +35,8 @@ class Ledger:
     training_operations: float
     """Forward and backward, head included, in the mean over the draws."""
     repeated_operations: float
-    """What activation checkpointing computes again in the backward pass."""
+    """What activation checkpointing computes again in the backward pass, at most: a last product whose result
+    nothing needs is counted, which in models of few layers is some of it."""
     evaluation_operations: float
     """Forward, in parallel, with the counts of evaluation."""
     inference_operations: float
