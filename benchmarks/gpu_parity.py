@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,8 @@ from lattice.components.mask.document import Document
 from lattice.decoder import AttentionMask, Rotary, attend
 from lattice.protocols import Precision
 from lattice.slots import Slots, Tokens
+
+warnings.filterwarnings("ignore", ".*multiplies the embeddings by")  # drawn weights had no scale before
 
 
 def parity(options: argparse.Namespace, report: Report) -> None:

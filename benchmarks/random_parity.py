@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from torch.nn import functional as F
 import lattice
 from lattice import hardware
 from lattice.console import say, table
+
+warnings.filterwarnings("ignore", ".*multiplies the embeddings by")  # drawn weights had no scale before
 
 HERE = Path(__file__).parent
 LIMIT = 3e-5

@@ -33,7 +33,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature = {self.temperature}: must be a number of at least 0")
+            raise ValueError(f"temperature = {self.temperature}: must be at least 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}: must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

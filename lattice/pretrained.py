@@ -29,12 +29,12 @@ def from_pretrained(
     """A model of ours with the weights of a Hugging Face directory.
 
     `recurrence` is a recipe's `[recurrence]` table; if not given, the directory's own, which for a model of
-    transformers is none; embeddings keep the scale that the weights were trained with, if nobody sets
-    `embed_scale`. `overrides` holds further tables; `dtype` is that of the parameters, whatever the
-    file holds: training keeps float32 and computes in the recipe's precision. What a recurrence has of its
-    own and the directory lacks is newly drawn. `trust_imports` allows the directory's own code. Raises
-    FileNotFoundError for a missing file and ValueError for an architecture or setting that no component
-    implements, or for weights that do not fit.
+    transformers is none. Where it scales embeddings by default otherwise than the weights were trained with,
+    a warning says so: `embed_scale` keeps their scale. `overrides` holds further tables; `dtype` is that of
+    the parameters, whatever the file holds: training keeps float32 and computes in the recipe's precision.
+    What a recurrence has of its own and the directory lacks is newly drawn. `trust_imports` allows the
+    directory's own code. Raises FileNotFoundError for a missing file and ValueError for an architecture or
+    setting that no component implements, or for weights that do not fit.
     """
     folder = Path(folder)
     description = describe(folder, trust_imports=trust_imports)
@@ -44,7 +44,6 @@ def from_pretrained(
     }
     tables |= overrides or {}
     recipe = load_recipe(tables)
-    recipe = load_recipe(tables, scale.kept(recipe, description.recurrence))
     for line in scale.difference(recipe, description.recurrence):
         warnings.warn(f"{folder}: {line}", stacklevel=2)
     model = build_model(recipe, device="meta")

@@ -206,6 +206,7 @@ def test_configurations_of_older_transformers(tmp_path):
     assert_same_logits(lattice.from_pretrained(tmp_path), theirs, some_ids())
 
 
+@pytest.mark.filterwarnings("ignore:.*multiplies the embeddings by:UserWarning")
 def test_thoughts_on_loaded_weights_are_written_down(tmp_path):
     theirs = saved_by_transformers("llama", "grouped_4_2", tmp_path / "theirs")
     table = {"kind": "latent_thoughts", "thoughts": 2}
