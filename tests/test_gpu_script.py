@@ -34,6 +34,7 @@ def test_parity(script, tmp_path, monkeypatch):
     assert {row["name"].split("/")[0] for row in golden} == {"gpt_neox", "llama"}
 
 
+@pytest.mark.filterwarnings("ignore:.*multiplies the embeddings by:UserWarning")
 def test_a_failed_case_is_a_line_and_the_exit_status(script, tmp_path, monkeypatch):
     parts = importlib.import_module("gpu_parity")
     for name in ("attention", "formats"):
