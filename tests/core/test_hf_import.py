@@ -21,6 +21,7 @@ from lattice.hf.importing import import_recipe
 from lattice.hf.tokenizer import export_tokenizer
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*multiplies the embeddings by:UserWarning")  # on purpose
 
 SIZES = {
     "vocab_size": 260,
@@ -150,7 +151,6 @@ SCALED = st.builds(
 )
 
 
-@pytest.mark.filterwarnings("ignore:.*multiplies the embeddings by:UserWarning")
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(trained=st.one_of(st.just({"kind": "none"}), SCALED), now=SCALED)
 def test_another_recurrence_keeps_the_scale_that_the_weights_were_trained_with(trained, now, originals):
