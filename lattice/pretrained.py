@@ -38,12 +38,10 @@ def from_pretrained(
     """
     folder = Path(folder)
     description = describe(folder, trust_imports=trust_imports)
-    tables: dict[str, Any] = {
-        **description.tables,
-        **({} if recurrence is None else {"recurrence": recurrence}),
-    }
-    tables |= overrides or {}
-    recipe = load_recipe(tables)
+    tables: dict[str, Any] = dict(description.tables)
+    if recurrence is not None:
+        tables["recurrence"] = dict(recurrence)
+    recipe = load_recipe({**tables, **(overrides or {})})
     for line in scale.difference(recipe, description.recurrence):
         warnings.warn(f"{folder}: {line}", stacklevel=2)
     model = build_model(recipe, device="meta")

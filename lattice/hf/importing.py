@@ -52,8 +52,8 @@ def import_recipe(
         tables["extends"] = [os.path.abspath(name) for name in extends]
     tables |= _tokenizer(folder)
     recipe = load_recipe(tables, overrides)
-    scaled = scale.kept(recipe, description.recurrence)
-    recipe = load_recipe(tables, [*overrides, *scaled])
+    if scaled := scale.kept(recipe, description.recurrence):
+        recipe = load_recipe(tables, [*overrides, *scaled])
     _check(recipe, folder)
     write_file(to, _text(recipe, folder, to, extends, scaled).encode())
     return recipe
