@@ -61,6 +61,8 @@ class KVCache:
         self._later: dict[int, KVCache] = {}
         self._held_B: Tensor | None = None
         self.slots: Slots | None = None
+        self.state: dict[str, Tensor] = {}
+        """What a recurrence besides keys and values carries from token to token, by name; rows first."""
 
     @property
     def tokens(self) -> int:
@@ -80,8 +82,9 @@ class KVCache:
 
     @property
     def numbers(self) -> int:
-        """Numbers held: keys and values of all layers and passes, of all rows."""
+        """Numbers held: keys and values of all layers and passes, and a recurrence's state, of all rows."""
         mine = sum(layer.numbers for layer in self._layers)
+        mine += sum(tensor.numel() for tensor in self.state.values())
         return mine + sum(later.numbers for later in self._later.values())
 
     def of_pass(self, index: int) -> KVCache:

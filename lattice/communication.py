@@ -120,7 +120,7 @@ def _gathers(recipe: Recipe) -> float:
     checkpointing: ActivationCheckpoint = recipe.component("activation_checkpoint")
     layers = backbone.shape.num_layers
     return sum(
-        one.times
+        one.runs(recipe.run.sequence_tokens)
         * (layers if one.layers is None else one.layers)
         / layers
         * (2 + len(checkpointing.again(backbone.layer_cost)) if one.gradients else 1)

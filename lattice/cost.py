@@ -9,6 +9,7 @@ Shapes: B batch, L tokens, n stages a token, D hidden, H query heads, G key/valu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -63,6 +64,8 @@ class Pass:
     """Slots of each token whose keys are looked at, through a cache; those of this pass if not given."""
     layers: int | None = None
     """All if not given."""
+    part: int | None = None
+    """Tokens of each part, where they go through the layers in parts (`Stack.part`); all if not given."""
     times: float = 1.0
     """How often, in the mean over the draws."""
     gradients: bool = True
@@ -75,6 +78,16 @@ class Pass:
         layers = num_layers if self.layers is None else self.layers
         return self.times * self.stages * layers / num_layers
 
+    def runs(self, length: int) -> float:
+        """How often the layers run in all, in the mean over the draws."""
+        return self.times * (1 if self.part is None else math.ceil(length / self.part))
+
+    def _keys_of_a_token(self, length: int) -> float:
+        """Tokens that one meets, in the mean: all, or those up to the end of its part."""
+        if (part := self.part) is None:
+            return length
+        return sum(min(at - at % part + part, length) for at in range(length)) / length
+
     def layer_operations(self, cost: LayerCost, num_layers: int, length: int) -> float:
         """Forward operations a token, of one such pass over `length` tokens."""
         layers = num_layers if self.layers is None else self.layers
@@ -82,7 +95,7 @@ class Pass:
             return 0.0
         read = self.stages if self.read is None else self.read
         keys = self.stages if self.keys is None else self.keys
-        attention = cost.attention * self.stages * keys * length
+        attention = cost.attention * self.stages * keys * self._keys_of_a_token(length)
         alone = cost.project * self.stages + cost.local * self.stages
         total = layers * (alone + attention + cost.finish * self.stages)
         total -= (cost.local + cost.finish) * (self.stages - read)  # the last layer

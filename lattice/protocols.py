@@ -142,8 +142,8 @@ class Recurrence(Protocol):
         in parallel. Where iteration may stop early, the limit."""
 
     def decode_passes(self, shape: Shape) -> list[Pass]:
-        """What `step` computes of a token."""
-        return self.passes(shape, training=False)
+        """What `step` computes of a token. As it stands: what an evaluation does, of the newest alone."""
+        return [dataclasses.replace(one, part=None) for one in self.passes(shape, training=False)]
 
     def token_passes(self, shape: Shape, *, training: bool) -> float:
         """Mean number of slots sent through the layers, for each token of the sequence."""

@@ -57,8 +57,11 @@ class Stack:
         *,
         positions: int = 1,
         split: Split | None = None,
+        whole: Stack | None = None,
     ) -> None:
-        """`positions`: ids of a token, one for all its slots or one for each."""
+        """`positions`: ids of a token, one for all its slots or one for each. `whole`: the stack of which
+        this one is a part."""
+        self._whole = self if whole is None else whole
         self._positions = positions
         self._decoder = decoder
         self._mask = mask
@@ -72,7 +75,7 @@ class Stack:
         self._cached = WeakKeyDictionary()
         self._rotary: dict[tuple[int, int], Rotary] = {}
         self.passes = 0
-        """How often `run` was called."""
+        """How often `run` was called, here and on parts."""
 
     @property
     def num_layers(self) -> int:
@@ -97,6 +100,42 @@ class Stack:
     def real_BL(self) -> Tensor | None:
         """False for padding; None where nothing is padded."""
         return self._tokens.real_BL
+
+    @property
+    def document_BL(self) -> Tensor | None:
+        """Document numbers, in decoding those of the new tokens; None where every row is one document."""
+        return self._tokens.document_BL
+
+    @property
+    def position_BL(self) -> Tensor:
+        """How many tokens of its row, none of them padding, come before each; (1, L) where all rows agree."""
+        return self._tokens.position_BL
+
+    def part(self, tokens: slice) -> Stack:
+        """The same layers over some consecutive tokens, (B, l): what is computed token by token or chunk by
+        chunk, in training as well, finds those before them in a `cache()`, which must hold them.
+
+        Raises ValueError for a slice of no tokens or not of consecutive ones, and where ranks share a
+        sequence, since each has a part of it already.
+        """
+        at = range(self._tokens.length)[tokens]
+        if self._split is not None:
+            raise ValueError(
+                "stack.part: parallel.kind = 'context' gives each rank a part of every sequence already; "
+                "must be another kind"
+            )
+        if len(at) < 1 or at.step != 1:
+            raise ValueError(
+                f"stack.part({tokens}): must be consecutive tokens, at least one of the {self._tokens.length}"
+            )
+        return Stack(
+            self._decoder,
+            self._mask,
+            self._checkpointing,
+            self._tokens.part(tokens),
+            positions=self._positions,
+            whole=self._whole,
+        )
 
     def cache(self) -> KVCache:
         """An empty cache, through which gradients flow where they are enabled."""
@@ -133,12 +172,12 @@ class Stack:
         `slots`, each (B, L, n, D), hold the stages from first_stage on, in this order. Returned are the
         stages that `read` cuts out of them, (B, L, r, D): the last layer computes no others, but all keys and
         values. With a `cache` the slots also attend to what it holds, as far as the mask lets them, and their
-        keys and values are written to it, in place of those that the same slots had there.
+        keys and values are written to it, in place of those that the same slots had there. Raises ValueError
+        for slots of other tokens and for layers that are not there.
         """
-        if not isinstance(read, slice):
-            raise TypeError(f"read = {read!r}: must be a slice of the stages, such as slice(-1, None)")
-        self.passes += 1
-        stages = sum(_stages(part) for part in slots)
+        self._check(slots, read, start, stop)
+        self._whole.passes += 1
+        stages = sum(_tensor(part).shape[2] for part in slots)
         segment = self.segment(stages, first_stage)
         mask = self._attention_mask(segment, cache)
         blocks = self._decoder.blocks[start:stop]
@@ -159,13 +198,28 @@ class Stack:
         hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD).to(slots_BLnD.device)
         return hidden_BLrD if len(blocks) else hidden_BLrD[:, :, read]
 
+    def _check(self, slots: Sequence[Tensor | Fixed], read: slice, start: int, stop: int | None) -> None:
+        if not isinstance(read, slice):
+            raise TypeError(f"read = {read!r}: must be a slice of the stages, such as slice(-1, None)")
+        for shape in (tuple(_tensor(part).shape) for part in slots):
+            if len(shape) != 4 or shape[1] != self._tokens.length:
+                raise ValueError(
+                    f"stack.run: slots have shape {shape}; must be (B, {self._tokens.length}, n, D), n "
+                    "stages of each token; `stack.part` runs some of the tokens"
+                )
+        if not 0 <= start <= (self.num_layers if stop is None else stop) <= self.num_layers:
+            raise ValueError(
+                f"stack.run: start = {start}, stop = {stop}: must be 0 <= start <= stop <= "
+                f"{self.num_layers}, the number of layers"
+            )
+
     def _fixed_and_others(self, slots: Sequence[Tensor | Fixed], layers: int) -> tuple[Fixed | None, Tensor]:
         """The fixed slots in front, if there is a layer that profits, and all others interleaved."""
         fixed, first = None, slots[0]
         if isinstance(first, Fixed) and layers > 1:
             empty_BL0D = first.slots_BLnD[:, :, :0]
             fixed, slots = first, slots[1:] or (empty_BL0D,)
-        tensors = [part.slots_BLnD if isinstance(part, Fixed) else part for part in slots]
+        tensors = [_tensor(part) for part in slots]
         return fixed, tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=2)
 
     def _final_norm(self, hidden_BLnD: Tensor) -> Tensor:
@@ -214,5 +268,5 @@ class Stack:
         return self._rotary[key]
 
 
-def _stages(part: Tensor | Fixed) -> int:
-    return (part.slots_BLnD if isinstance(part, Fixed) else part).shape[2]
+def _tensor(part: Tensor | Fixed) -> Tensor:
+    return part.slots_BLnD if isinstance(part, Fixed) else part
