@@ -213,6 +213,32 @@ class LateCarriedState(Drawn):
         return hidden_BL1D.cumsum(dim=1) if self.late else hidden_BL1D
 
 
+@register("recurrence", "token_leak")
+@dataclass(frozen=True, kw_only=True)
+class AtToken(TwoPasses):
+    """Wrong only in training, and only at one token, or ahead of it."""
+
+    token: int = 10
+    ahead: int = 1
+
+    def build(self, shape):
+        return TokenLeak(self)
+
+
+class TokenLeak(Drawn):
+    def __init__(self, options):
+        super().__init__(None)
+        self.options = options
+
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        self.here_BL = (ids_BL == self.options.token).roll(-self.options.ahead, 1)
+        return super().forward(stack, ids_BL, draw=draw, cache=cache)
+
+    def between(self, hidden_BL1D):
+        leak_BL11 = (self.here_BL & self.drawn)[..., None, None]
+        return torch.where(leak_BL11, hidden_BL1D.roll(-1, 1), hidden_BL1D)
+
+
 @dataclass(frozen=True, kw_only=True)
 class UnsaidSweeps(Recurrence):
     """Right, but nothing says how to iterate further: one thought, found by sweeps over all tokens."""

@@ -8,6 +8,7 @@ import pytest
 import lattice
 from lattice import cli, registry, scaffold
 from lattice.testing import BACKBONES, assert_conforms, check_recurrence
+from lattice.testing.subject import VOCABULARY
 from lattice.thought_counts import with_iterations
 from tests.built_in import built_in
 
@@ -48,6 +49,7 @@ BROKEN = {
     "chunk_leak": "causality",
     "late_leak": "causality",
     "late_carried_state": "documents",
+    "token_leak": "causality",
     "wrong_sweeps": "parallel and sequential",
     "unsaid_sweeps": "parallel and sequential",
     "no_gradients": "cost",
@@ -92,6 +94,14 @@ def test_broken_variants_are_caught(kind):
     assert raises == (kind in ("unsaid_sweeps", "logged_matrix", "wrong_shape"))
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_leak_at_any_token_is_caught(ahead):
+    for token in range(VOCABULARY):
+        leak = {"kind": "token_leak", "token": token, "ahead": ahead}
+        (result,) = check_recurrence(leak, checks=["causality"], backbones=["llama"])
+        assert "in training step" in (result.counterexample or "holds"), token
+
+
 def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "right"})
     assert_conforms({"kind": "sweeps"}, check="parallel and sequential")
@@ -126,7 +136,8 @@ def test_what_is_missing_is_said():
 
 def test_the_counterexample_is_the_smallest():
     (result,) = check_recurrence({"kind": "future_leak"}, checks=["causality"], backbones=["llama"])
-    assert result.counterexample.startswith("L=2: changing token 1 changes the logits of token 0 by ")
+    said = r"L=2: changing token 1 from id \d+ to \d+ changes the logits of token 0 by "
+    assert re.match(said, result.counterexample)
     (result,) = check_recurrence({"kind": "stale_cache"}, checks=["cached decoding"], backbones=["gpt_neox"])
     assert result.counterexample.startswith("B=1, prompt of 1, 1 more: logits differ by ")
     (result,) = check_recurrence({"kind": "undeclared_pass"}, checks=["cost"], backbones=["llama"])

@@ -61,18 +61,20 @@ def causality(subject: Subject) -> str | None:
     for draw in (None, *STEPS):
         model.train(draw is not None)
         for length in (2, 4, CONTEXT):
-            ids = subject.ids(1, length)
+            ids = subject.rotations(length)
             before = outcome(model, ids, draw)
             few = (length // 3, length // 2 - 1, length - 1)  # none of them the first of the same chunks
             for at in few if length == CONTEXT else range(1, length):
                 changed = ids.clone()
-                changed[0, at] = next(int(i) for i in subject.ids(1, 64, seed=1)[0] if i != ids[0, at])
+                changed[:, at] = ids[:, at].roll(1)  # to what is before it, so that a token comes twice
                 for what, after in outcome(model, changed, draw).items():
-                    gap = (after - before[what])[0, :at].abs().amax(dim=-1)
+                    gap = (after - before[what])[:, :at].abs().amax(dim=-1)
                     if gap.max() > EXACT:
-                        whose = f"{what} of token {int(gap.argmax())} by {gap.max():.1e}"
+                        row, token = divmod(int(gap.argmax()), at)
+                        change = f"from id {int(ids[row, at])} to {int(changed[row, at])}"
+                        whose = f"{what} of token {token} by {gap.max():.1e}"
                         when = "" if draw is None else f", in training step {draw.step}"
-                        return f"L={length}{when}: changing token {at} changes {whose}"
+                        return f"L={length}{when}: changing token {at} {change} changes {whose}"
     return None
 
 

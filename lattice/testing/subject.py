@@ -32,8 +32,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 2, "rotary_pct": 0.5, **SIZES},
     "llama": {"kind": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, **SIZES},
 }
-BATCHES = ((1, 1), (1, 2), (1, 3), (2, 4), (1, CONTEXT))
-"""(B, L), small ones first, so that the first counterexample is the smallest; the last fills the context."""
+BATCHES = ((1, 1), (1, 2), (1, 3), (2, 4), (2, CONTEXT))
+"""(B, L), small ones first, so that the first counterexample is the smallest; the last fills the context, and
+every token is in it: what a recurrence does may depend on which it is."""
 EXACT = 1e-8
 """Largest difference of logits, in float64, that is rounding."""
 
@@ -62,12 +63,19 @@ class Subject:
         return model
 
     def ids(self, rows: int, length: int, seed: int = 0) -> Tensor:
-        """Random tokens (B, L), none of those that the recurrence reserves."""
-        generator = torch.Generator().manual_seed(seed)
-        return self._free[torch.randint(len(self._free), (rows, length), generator=generator)]
+        """Tokens (B, L): all once, in random order, and from there on any."""
+        generator, count = torch.Generator().manual_seed(seed), len(self._tokens_V)
+        once = torch.randperm(count, generator=generator)
+        any_N = torch.randint(count, (rows * length,), generator=generator)
+        return self._tokens_V[torch.cat([once, any_N])[: rows * length]].view(rows, length)
+
+    def rotations(self, length: int) -> Tensor:
+        """Tokens (V, L), of which each is at each place, in one row."""
+        return torch.stack([self._tokens_V.roll(-place) for place in range(length)], dim=1)
 
     @cached_property
-    def _free(self) -> Tensor:
+    def _tokens_V(self) -> Tensor:
+        """All but those that the recurrence reserves."""
         reserved = self.component.reserved_ids(self.recipe().component("backbone").shape)
         return torch.tensor([token for token in range(VOCABULARY) if token not in reserved])
 
