@@ -239,6 +239,34 @@ class TokenLeak(Drawn):
         return torch.where(leak_BL11, hidden_BL1D.roll(-1, 1), hidden_BL1D)
 
 
+class AfterToken(Again):
+    """A stop: from there on something is added to what enters the second pass."""
+
+    token = 20
+
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        self.stop_BL11 = (ids_BL == self.token)[..., None, None]
+        return super().forward(stack, ids_BL, draw=draw, cache=cache)
+
+
+@kind("token_carried_state")
+class TokenCarriedState(AfterToken):
+    def between(self, hidden_BL1D):
+        return hidden_BL1D * self.stop_BL11.cumsum(dim=1)
+
+
+@kind("token_gate")
+class TokenGate(AfterToken):
+    """Right: a parameter that acts at one token alone."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.gate_D = nn.Parameter(torch.ones(shape.hidden_size))
+
+    def between(self, hidden_BL1D):
+        return torch.where(self.stop_BL11, self.gate_D * hidden_BL1D, hidden_BL1D)
+
+
 @dataclass(frozen=True, kw_only=True)
 class UnsaidSweeps(Recurrence):
     """Right, but nothing says how to iterate further: one thought, found by sweeps over all tokens."""

@@ -50,6 +50,7 @@ BROKEN = {
     "late_leak": "causality",
     "late_carried_state": "documents",
     "token_leak": "causality",
+    "token_carried_state": "documents",
     "wrong_sweeps": "parallel and sequential",
     "unsaid_sweeps": "parallel and sequential",
     "no_gradients": "cost",
@@ -61,6 +62,8 @@ BROKEN = {
     "penalty_random": "determinism",
     "supervision_leak": "causality",
 }
+CARRIED = ("carried_state", "token_carried_state")
+"""Between branches, too."""
 ALONE = (
     "undeclared_pass",
     "idle_parameter",
@@ -86,7 +89,7 @@ def test_every_built_in_kind_is_here():
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_variants_are_caught(kind):
-    expected = {BROKEN[kind]} | ({"branches"} if kind == "carried_state" else set())
+    expected = {BROKEN[kind]} | ({"branches"} if kind in CARRIED else set())
     results = check_recurrence({"kind": kind}, checks=None if kind in ALONE else sorted(expected))
     failed = {result.check: result for result in results if not result.held}
     assert set(failed) == expected
@@ -104,6 +107,7 @@ def test_a_leak_at_any_token_is_caught(ahead):
 
 def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "right"})
+    assert_conforms({"kind": "token_gate"})
     assert_conforms({"kind": "sweeps"}, check="parallel and sequential")
     assert_conforms({"kind": "sweeps"}, check="cost")
 

@@ -144,11 +144,12 @@ def documents(subject: Subject) -> str | None:
     component, mask = subject.without_stop, {"kind": "document"}
     model, trained = subject.model(component, mask=mask), subject.model(component, mask=mask).train()
     for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2]):
-        ids, document = subject.ids(1, len(numbers)), torch.tensor([numbers])
+        ids = subject.rotations(len(numbers))
+        document = torch.tensor(numbers).expand_as(ids)
         packed = model(ids, documents=document).logits
         each_document = torch.stack([document == number for number in sorted(set(numbers))])
         for number, inside in enumerate(each_document):
-            gap = difference(packed[inside], model(ids[inside][None]).logits[0])
+            gap = difference(packed[:, inside[0]], model(ids[:, inside[0]]).logits)
             if gap > EXACT:
                 return f"documents {numbers}: logits of document {number} differ from it alone by {gap:.1e}"
         changes = _from_others(subject, trained, ids, each_document, documents=document)
@@ -183,11 +184,11 @@ def branches(subject: Subject) -> str | None:
         return None
     model = subject.model()
     for numbers in ([0, 1, 2], [0, 0, 1, 1, 2], [0, 0, 0, 1, 2, 2, 3]):
-        ids, branch = subject.ids(1, len(numbers)), torch.tensor([numbers])
-        together = model.hidden_states(ids, branches=branch)
+        ids, branch = subject.rotations(len(numbers)), torch.tensor(numbers)
+        together = model.hidden_states(ids, branches=branch.expand_as(ids))
         for number in range(1, max(numbers) + 1):
-            text = (branch[0] == 0) | (branch[0] == number)
-            gap = difference(together[0, text], model.hidden_states(ids[:, text])[0])
+            text = (branch == 0) | (branch == number)
+            gap = difference(together[:, text], model.hidden_states(ids[:, text]))
             if gap > EXACT:
                 return f"branches {numbers}: hidden states of continuation {number} differ by {gap:.1e}"
     return None
@@ -195,7 +196,8 @@ def branches(subject: Subject) -> str | None:
 
 def gradients(subject: Subject) -> str | None:
     """The loss of a training step has a finite gradient for every parameter."""
-    model, ids = subject.model(), subject.ids(2, 6)
+    rows, length = BATCHES[-1]
+    model, ids = subject.model(), subject.ids(rows, length)
     reached: set[str] = set()
     for draw in (Draw(0, 0), *STEPS):
         model.zero_grad()
@@ -206,11 +208,11 @@ def gradients(subject: Subject) -> str | None:
             if parameter.grad is None:
                 continue
             if not torch.isfinite(parameter.grad).all():
-                return f"B=2, L=6, step {draw.step}: the gradient of {name} is not finite"
+                return f"B={rows}, L={length}, step {draw.step}: the gradient of {name} is not finite"
             if parameter.grad.abs().max() > 0:
                 reached.add(name)
     missing = [name for name, _ in model.named_parameters() if name not in reached]
-    return f"B=2, L=6: no gradient reaches {', '.join(missing[:3])}" if missing else None
+    return f"B={rows}, L={length}: no gradient reaches {', '.join(missing[:3])}" if missing else None
 
 
 def determinism(subject: Subject) -> str | None:
