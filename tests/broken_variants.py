@@ -348,6 +348,30 @@ class UndeclaredProduct(Again):
         return self.gate(hidden_BL1D)
 
 
+@register("recurrence", "drawn_product")
+@dataclass(frozen=True, kw_only=True)
+class SometimesGated(TwoPasses):
+    """Right where the product is declared for half of the training steps."""
+
+    declared: float = 0.5
+
+    def passes(self, shape, *, training):
+        product = 2 * shape.hidden_size**2
+        return [Pass(times=2), Pass(layers=0, times=self.declared if training else 1, operations=product)]
+
+    def build(self, shape):
+        return DrawnProduct(shape)
+
+
+class DrawnProduct(UndeclaredProduct):
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        self.gated = draw is None or draw.uniform("gate") < 0.5
+        return super().forward(stack, ids_BL, draw=draw, cache=cache)
+
+    def between(self, hidden_BL1D):
+        return super().between(hidden_BL1D) if self.gated else hidden_BL1D
+
+
 @kind("uncached")
 class Uncached(Again):
     def keys(self, cache, index):

@@ -112,6 +112,14 @@ def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "sweeps"}, check="cost")
 
 
+def test_operations_of_its_own_that_are_drawn_count_in_the_mean():
+    assert_conforms({"kind": "drawn_product"}, check="cost")
+    for declared in (0, 1):
+        wrong = {"kind": "drawn_product", "declared": float(declared)}
+        (result,) = check_recurrence(wrong, checks=["cost"], backbones=["llama"])
+        assert "operations a token in the mean of 48 steps" in (result.counterexample or "holds")
+
+
 def test_a_recurrence_says_what_its_iterations_are():
     tables = {"backbone": BACKBONES["llama"], "recurrence": {"kind": "sweeps"}}
     recipe = with_iterations(lattice.load_recipe(tables), 5)

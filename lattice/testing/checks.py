@@ -255,14 +255,17 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], float]]:
         yield "evaluation with a tolerance", "token-passes", [stopped], costs.evaluation_token_passes
     yield "evaluation", "operations", [operations(evaluate) / length], costs.evaluation_operations
     draws = [Draw(0, step) for step in range(DRAWS)]
-    drawn = [_slots(model, partial(evaluate, draw=draw)) / length for draw in draws]
+    forwards = [partial(evaluate, draw=draw) for draw in draws]
+    drawn = [_slots(model, forward) / length for forward in forwards]
     yield "training", "token-passes", drawn, costs.training_token_passes
-    # Steps that send as many slots through the layers are taken to be alike: one of each is counted.
+    # Steps whose forwards send as many slots through the layers, with as many operations, are taken to be
+    # alike: one of each is counted.
+    alike = list(zip(drawn, map(operations, forwards), strict=True))
     steps = {
-        passes: operations(partial(_train, model, ids, draw)) / length
-        for passes, draw in dict(zip(drawn, draws, strict=True)).items()
+        forward: operations(partial(_train, model, ids, draw)) / length
+        for forward, draw in dict(zip(alike, draws, strict=True)).items()
     }
-    yield "training", "operations", [steps[passes] for passes in drawn], costs.training_operations
+    yield "training", "operations", [steps[forward] for forward in alike], costs.training_operations
     prompt, costs = subject.ids(1, CONTEXT - 2), ledger(recipe, length=CONTEXT)
     _, cache = model.prefill(prompt, parallel=True)
     slots = 0 if cache.slots is None else len(cache.slots.stage_S)
