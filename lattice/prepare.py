@@ -19,7 +19,7 @@ from lattice.prepare_encoding import Encoder, encoded_documents
 from lattice.prepare_journal import Journal, opened
 from lattice.prepare_progress import progress
 from lattice.protocols import Tokenizer
-from lattice.registry import kinds, lookup
+from lattice.registry import defining, lookup
 from lattice.shard_writer import SplitWriter
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -95,7 +95,8 @@ def _tokenizer(spec: str | None, train_bpe: int | None) -> tuple[str, Tokenizer]
         return f"--train-bpe {train_bpe}", maker
     if spec is None:
         raise ValueError("tokenizer: missing; give --tokenizer SPEC or --train-bpe N")
-    claims = [c for kind in kinds("tokenizer").values() if (c := kind.from_spec(spec)) is not None]  # type: ignore[attr-defined]
+    readers = defining("tokenizer", "from_spec").values()
+    claims = [c for kind in readers if (c := kind.from_spec(spec)) is not None]  # type: ignore[attr-defined]
     if len(claims) != 1:
         which = f"{len(claims)} kinds of tokenizer claim it" if claims else "no kind of tokenizer knows it"
         raise ValueError(

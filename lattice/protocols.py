@@ -213,15 +213,18 @@ class Backbone(Protocol):
     def build(self) -> Decoder:
         """The module, on the current default device, weights not initialised."""
 
-    @abstractmethod
-    def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` of this architecture."""
+    def to_hf(self) -> dict[str, Any] | None:
+        """The `config.json` by which transformers computes the same; None where it has no such architecture,
+        as it stands. It counts where the kind that reads it makes this component of it: what is inherited is
+        the base's."""
+        return None
 
     @classmethod
-    @abstractmethod
     def from_hf(cls, config: dict[str, Any]) -> Backbone | None:
-        """The component that a Hugging Face `config.json` describes; None if it is not of this kind.
-        Raises ValueError for a setting of that architecture that this kind does not implement."""
+        """The component that a `config.json` of transformers describes; None if it is not of this kind. Only
+        the class that defines this method is asked. Raises ValueError for a setting of that architecture that
+        this kind does not implement."""
+        return None
 
 
 class Mask(Protocol):
@@ -373,7 +376,8 @@ class Tokenizer(Protocol):
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
-        """The component that `lattice prepare --tokenizer SPEC` names; None for a spec of another kind."""
+        """The component that `lattice prepare --tokenizer SPEC` names; None for a spec of another kind. Only
+        the class that defines this method is asked."""
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,12 @@ def kinds(role: str) -> dict[str, type]:
     return dict(sorted(_kinds[role].items()))
 
 
+def defining(role: str, method: str) -> dict[str, type]:
+    """Those kinds of a role whose class itself defines a method: of what says which kind something is of, one
+    that is inherited would claim what is its base's."""
+    return {kind: cls for kind, cls in kinds(role).items() if method in vars(cls)}
+
+
 def lookup(role: str, kind: str) -> type:
     """The component class. Raises UnknownName with the nearest kind and all that exist."""
     known = kinds(role)

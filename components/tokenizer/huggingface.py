@@ -11,7 +11,7 @@ from typing import Any
 
 from lattice.components.tokenizer._codecs import CONFIG, MODEL, FastCodec, load_codec, load_config
 from lattice.protocols import Codec, Tokenizer
-from lattice.registry import kinds, register
+from lattice.registry import defining, kinds, register
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -53,11 +53,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer | None:
-        """A path that exists, or a possible hub name that neither names nor belongs to another kind."""
+        """A path that exists, or a possible hub name that is no kind's name and belongs to no other kind."""
         if cls(name=spec)._local() is not None or spec.endswith(".json"):
             return cls(name=spec)
-        others = {kind: other for kind, other in kinds("tokenizer").items() if other is not cls}
-        if spec in others or any(other.from_spec(spec) is not None for other in others.values()):  # type: ignore[attr-defined]
+        others = [other for other in defining("tokenizer", "from_spec").values() if other is not cls]
+        if spec in kinds("tokenizer") or any(other.from_spec(spec) is not None for other in others):  # type: ignore[attr-defined]
             return None
         return cls(name=spec) if HUB_NAME.fullmatch(spec) else None
 

@@ -80,16 +80,39 @@ def read_backbone(folder: Path) -> Backbone:
             raise ValueError(f"{path}: backbone: missing")
         known: Backbone = _component(folder, "backbone", config["backbone"])
         return known
-    kinds = registry.kinds("backbone")
-    for cls in kinds.values():
-        try:
-            backbone = cls.from_hf(config)  # type: ignore[attr-defined]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
-        if backbone is not None:
-            found: Backbone = _component(folder, "backbone", options.to_table(backbone))
-            return found
-    raise ValueError(f"{path}: model_type = {config.get('model_type')!r}: must be one of {', '.join(kinds)}")
+    try:
+        backbone = _of_transformers(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    found: Backbone = _component(folder, "backbone", options.to_table(backbone))
+    return found
+
+
+def _of_transformers(config: dict[str, Any]) -> Backbone:
+    """The backbone of a model of transformers. Raises ValueError unless exactly one kind reads it; what that
+    raises is passed on."""
+    readers = registry.defining("backbone", "from_hf")
+    read = {kind: cls.from_hf(config) for kind, cls in readers.items()}  # type: ignore[attr-defined]
+    found: dict[str, Backbone] = {kind: backbone for kind, backbone in read.items() if backbone is not None}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    start = f"model_type = {config.get('model_type')!r}"
+    if found:
+        raise ValueError(f"{start}: several kinds of backbone read it, {', '.join(found)}: only one may")
+    raise ValueError(f"{start}: must be one of {', '.join(readers)}")
+
+
+def as_read(backbone: Backbone) -> Backbone | None:
+    """What is read from the `config.json` of the backbone's architecture in transformers: the same backbone,
+    with what was left open filled in. None where it has none there, or another backbone is read."""
+    config = backbone.to_hf()
+    if config is None:
+        return None
+    try:
+        read = _of_transformers(config)
+    except (TypeError, ValueError):
+        return None
+    return read if options.to_table(backbone).items() <= options.to_table(read).items() else None
 
 
 def read_recurrence(folder: Path) -> Recurrence | None:

@@ -15,7 +15,7 @@ from lattice.hf.directory import describe
 from lattice.options import to_table
 from lattice.protocols import Backbone, Tokenizer
 from lattice.recipe import Recipe, RecipeError, load_recipe
-from lattice.registry import kinds
+from lattice.registry import defining
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that are a directory's tokenizer, the first that there is."""
@@ -64,7 +64,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     path = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
     if path is None:
         return {}
-    claims = [cls.from_spec(str(path)) for cls in kinds("tokenizer").values()]  # type: ignore[attr-defined]
+    claims = [cls.from_spec(str(path)) for cls in defining("tokenizer", "from_spec").values()]  # type: ignore[attr-defined]
     return next(({"tokenizer": to_table(component)} for component in claims if component is not None), {})
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from lattice.build import build_model
 from lattice.console import say
 from lattice.hf import scale
-from lattice.hf.directory import few, load_weights, misfits, read_backbone, read_recurrence, read_shapes
+from lattice.hf.directory import (
+    as_read,
+    few,
+    load_weights,
+    misfits,
+    read_backbone,
+    read_recurrence,
+    read_shapes,
+)
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import Backbone
@@ -60,14 +68,10 @@ def initialize(model: LanguageModel, recipe: Recipe) -> None:
 
 def _differences(ours: Backbone, theirs: Backbone) -> list[str]:
     """Options that shape no weight, and so pass unnoticed, but change what the weights compute."""
-    mine, other = to_table(_resolved(ours)), to_table(_resolved(theirs))
+    # What is left open is filled in, as in a `config.json`.
+    mine, other = (to_table(as_read(backbone) or backbone) for backbone in (ours, theirs))
     return [
         f"backbone.{name} = {mine.get(name)} here, {other.get(name)} in the weights' config.json"
         for name in sorted({*mine, *other})
         if mine.get(name) != other.get(name)
     ]
-
-
-def _resolved(backbone: Backbone) -> Backbone:
-    """What is left open is filled in, as in a `config.json`."""
-    return backbone.from_hf(backbone.to_hf()) or backbone

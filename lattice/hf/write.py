@@ -18,7 +18,7 @@ from huggingface_hub import save_torch_state_dict
 
 from lattice.atomic import make_folder, write_file, write_json
 from lattice.attention_mask import is_causal
-from lattice.hf.directory import CONFIG, MODEL_TYPE, TABLES, own_tensors, plain_recurrence
+from lattice.hf.directory import CONFIG, MODEL_TYPE, TABLES, as_read, own_tensors, plain_recurrence
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.protocols import kind_of
@@ -58,9 +58,13 @@ def write_model(
 
 
 def is_plain(model: LanguageModel) -> bool:
-    """Whether the backbone's architecture in transformers computes what the model does: its recurrence is the
-    one of a recipe that says nothing, and its mask leaves causal order as it is, at the longest sequence."""
-    if kind_of(model.recurrence) != kind_of(plain_recurrence()):
+    """Whether an architecture of transformers computes what the model does: its backbone is one there, its
+    recurrence is the one of a recipe that says nothing, and its mask leaves causal order as it is, at the
+    longest sequence."""
+    if (
+        kind_of(model.recurrence) != kind_of(plain_recurrence())
+        or as_read(model.components["backbone"]) is None
+    ):
         return False
     longest_BL = torch.zeros(1, model.shape.context, dtype=torch.long)
     slots = Slots.interleaved(Tokens.of(longest_BL), 1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import lattice
 from lattice import registry
+from lattice.hf import init_from
 from tests.built_in import built_in
 
 transformers = pytest.importorskip("transformers")
@@ -64,6 +65,45 @@ class Shift(nn.Module):
     def step(self, stack, ids_B1, cache):
         return self(stack, ids_B1, cache=cache).hidden_BLD
 '''
+USER_BACKBONES = '''
+"""Backbones that build upon Llama."""
+from dataclasses import dataclass
+import torch
+import lattice
+from lattice.components.backbone.llama import Llama, LlamaDecoder
+from lattice.decoder import Rotary
+from lattice.protocols import Backbone
+
+@lattice.register("backbone", "bare")
+@dataclass(frozen=True, kw_only=True)
+class Bare(Llama):
+    """Without positions. What names it Llama in transformers is inherited."""
+    def build(self):
+        return Unplaced(self)
+
+class Unplaced(LlamaDecoder):
+    def rotary(self, position_BS, dtype):
+        cos, sin = super().rotary(position_BS, dtype)
+        return Rotary(torch.ones_like(cos), torch.zeros_like(sin))
+
+@lattice.register("backbone", "slim")
+@dataclass(frozen=True, kw_only=True)
+class Slim(Backbone):
+    """With options of its own. Nothing is said of transformers."""
+    width: int = 32
+    @property
+    def whole(self):
+        return Llama(hidden_size=self.width, num_hidden_layers=3, num_attention_heads=4,
+                     intermediate_size=40, vocab_size=61, max_position_embeddings=64)
+    @property
+    def shape(self):
+        return self.whole.shape
+    @property
+    def layer_cost(self):
+        return self.whole.layer_cost
+    def build(self):
+        return self.whole.build()
+'''
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +132,8 @@ def _no_gradients():
 def randomised(backbone, recurrence=None, **tables):
     """Weights far from their start, norms and biases too, so that none can be lost unnoticed."""
     recurrence = {} if recurrence is None else {"recurrence": recurrence}
-    model = lattice.build_model({"backbone": BACKBONES[backbone], **recurrence, **tables}).eval()
+    table = backbone if isinstance(backbone, dict) else BACKBONES[backbone]
+    model = lattice.build_model({"backbone": table, **recurrence, **tables}).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -513,3 +554,55 @@ def test_a_directory_may_not_name_code_outside_itself(own):
     (folder / "config.json").write_text(json.dumps(config | {"imports": ["../evil.py"]}))
     with pytest.raises(ValueError, match=r"'\.\./evil\.py' must be a file of the directory itself"):
         lattice.from_pretrained(folder, trust_imports=True)
+
+
+# ── a user's own backbone ─────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def backbones(tmp_path, monkeypatch):
+    """The file of a user's own backbones."""
+    monkeypatch.setitem(registry._kinds, "backbone", registry.kinds("backbone"))
+    (tmp_path / "mine.py").write_text(USER_BACKBONES)
+    return tmp_path / "mine.py"
+
+
+@pytest.mark.parametrize("table", [{"kind": "bare", **SIZES}, {"kind": "slim"}], ids=["bare", "slim"])
+def test_a_users_backbone_is_no_architecture_of_transformers(table, backbones, tmp_path):
+    ours = randomised(table, imports=[str(backbones)])
+    lattice.save_pretrained(ours, tmp_path / "hf")
+    assert (tmp_path / "hf/mine.py").is_file()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=False)
+    ids = some_ids()
+    theirs = loaded(tmp_path / "hf")
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+    assert torch.equal(greedy(theirs, ids), lattice.generate(ours, ids, 6))
+    again = lattice.from_pretrained(tmp_path / "hf", trust_imports=True)
+    assert again.components["backbone"].kind == table["kind"]
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits)
+
+
+def test_a_users_backbone_takes_no_directory_from_what_it_inherits(backbones, tmp_path):
+    plain = randomised("llama_tied")
+    lattice.save_pretrained(plain, tmp_path / "hf")
+    registry.import_user_code(str(backbones), tmp_path)
+    again = lattice.from_pretrained(tmp_path / "hf")
+    assert again.components["backbone"].kind == "llama"
+    torch.testing.assert_close(again(some_ids()).logits, plain(some_ids()).logits)
+    recipe = {
+        "imports": [str(backbones)],
+        "run": {"init_from": str(tmp_path / "hf")},
+        "backbone": BACKBONES["llama_tied"],
+    }
+    assert init_from.problems(lattice.load_recipe(recipe)) == []
+
+
+def test_an_architecture_is_read_by_one_kind(backbones, tmp_path, monkeypatch):
+    plain = randomised("llama_tied")
+    lattice.save_pretrained(plain, tmp_path / "hf")
+    registry.import_user_code(str(backbones), tmp_path)
+    bare = registry.lookup("backbone", "bare")
+    monkeypatch.setattr(bare, "from_hf", classmethod(lambda cls, config: cls(**SIZES)))
+    with pytest.raises(
+        ValueError, match=r"hf/config\.json: model_type = 'llama': several .* bare, llama: only"
+    ):
+        lattice.from_pretrained(tmp_path / "hf")

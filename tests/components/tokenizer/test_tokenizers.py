@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice import registry
 from lattice.components.tokenizer._codecs import FastCodec
 from lattice.components.tokenizer.bpe import BpeTokenizer
 from lattice.components.tokenizer.bytes import BytesTokenizer
 from lattice.components.tokenizer.huggingface import HuggingFaceTokenizer
 from lattice.components.tokenizer.sentencepiece import SentencePieceTokenizer
+from lattice.prepare import _tokenizer
 from lattice.registry import kinds
 
 TEXTS = [
@@ -245,3 +248,13 @@ def test_every_spec_has_one_kind(tmp_path):
         assert claims == [expected], spec
     for spec in ("bpe", "sentencepiece", "a/b/c"):
         assert not [kind for kind, cls in kinds("tokenizer").items() if cls.from_spec(spec) is not None], spec
+
+
+def test_a_kind_that_inherits_from_spec_claims_none(monkeypatch):
+    monkeypatch.setitem(registry._kinds, "tokenizer", kinds("tokenizer"))
+    for kind, base in {"a": BytesTokenizer, "b": HuggingFaceTokenizer}.items():
+        registry.register("tokenizer", kind)(
+            dataclass(frozen=True, kw_only=True)(type(kind, (base,), {"__module__": __name__}))
+        )
+    for spec, expected in {"bytes": BytesTokenizer, "gpt2": HuggingFaceTokenizer}.items():
+        assert type(_tokenizer(spec, None)[1]) is expected
