@@ -12,14 +12,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from lattice.build import undrawn_model
 from lattice.draws import Draw, Most
 from lattice.live_tensors import LiveTensors
 from lattice.model import LanguageModel
-from lattice.protocols import Optimizer, Precision
+from lattice.protocols import Optimizer, Precision, kind_of
 from lattice.recipe import Recipe
+from lattice.registry import place_of
+
+
+class NotPredicted(ValueError):
+    """What a step computes depends on values, which fake tensors do not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,8 @@ class StepMemory:
 def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 1) -> StepMemory:
     """Predicted for a step of `micro_batches`, each of `rows` sequences of `length` tokens, with the most
     iterations that it may draw, by computing one of them on fake tensors, after the optimizer's first step.
-    It is the last step of the training: what thinks more from step to step thinks most there."""
+    It is the last step of the training: what thinks more from step to step thinks most there. Raises
+    NotPredicted."""
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
     precision = given.as_in_memory
@@ -55,7 +65,13 @@ def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         most = Most(recipe.run.seed, recipe.run.steps - 1)
-        live = traced_step(model, ids_BL, precision, draw=most)
+        try:
+            live = traced_step(model, ids_BL, precision, draw=most)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise NotPredicted(
+                f"recurrence '{kind_of(model.recurrence)}': what it computes depends on values: memory is "
+                f"not predicted{place_of(error)}"
+            ) from error
         updated = optimizer.build(model)
         updated.step()
         states = (value for state in updated.state.values() for value in state.values())

@@ -85,8 +85,8 @@ def thinking_recipes(recipe: Recipe, thoughts: Sequence[int] | None) -> dict[int
 
 
 def plan(recipe: Recipe, thoughts: Sequence[int] | None, target: Target) -> Iterator[Setting]:
-    """Every thought count with every kind of checkpointing. Raises ValueError as `thinking_recipes` does, and
-    RecipeError for a batch or model that so many GPUs cannot divide."""
+    """Every thought count with every kind of checkpointing. Raises ValueError as `thinking_recipes` does,
+    RecipeError for a batch or model that so many GPUs cannot divide, and NotPredicted."""
     ranks = arranged(recipe, target.gpus)
     for count, thinking in thinking_recipes(recipe, thoughts).items():
         for name, table in CHECKPOINTING.items():

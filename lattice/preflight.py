@@ -6,14 +6,13 @@ from dataclasses import asdict
 
 import psutil
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lattice.arrangement import RESERVE, arranged, rank_memory
 from lattice.build import build_model
 from lattice.console import say
 from lattice.hardware import choose_device
 from lattice.hf import init_from
-from lattice.memory import StepMemory, step_memory
+from lattice.memory import NotPredicted, StepMemory, step_memory
 from lattice.protocols import Backbone, Data, EvaluationSubject, Evaluator, Parallel, Tokenizer
 from lattice.recipe import Recipe, RecipeError
 from lattice.world import World
@@ -125,6 +124,6 @@ def _predicted(recipe: Recipe, world: World, present: int) -> tuple[StepMemory, 
     try:
         ranks, length = arranged(recipe, world.size), recipe.run.sequence_tokens
         return step_memory(recipe, rows=ranks.rows, length=length, micro_batches=ranks.micro_batches), True
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        say(f"memory is not predicted: what the recurrence computes depends on values ({error})")
+    except NotPredicted as error:
+        say(str(error))
         return state, False

@@ -328,7 +328,7 @@ def test_a_run_gathers_weights_once_a_step_where_the_plan_does(monkeypatch):
         assert next(plan(recipe, [2], target)).gathered is fits
 
 
-def test_a_recurrence_whose_cost_depends_on_values_is_not_predicted(monkeypatch, capsys):
+def test_a_recurrence_whose_cost_depends_on_values_is_not_predicted(monkeypatch, capsys, tmp_path):
     recipe = recipe_of(data={"kind": "embedded"}, tokenizer={"kind": "bytes"})
     recipe = lattice.load_recipe(recipe, ["backbone.vocab_size=257"])
 
@@ -337,4 +337,10 @@ def test_a_recurrence_whose_cost_depends_on_values_is_not_predicted(monkeypatch,
 
     monkeypatch.setattr(Thinking, "__call__", looks)
     preflight.check(recipe)
-    assert "memory is not predicted" in capsys.readouterr().out
+    message = "recurrence 'latent_thoughts': what it computes depends on values: memory is not predicted"
+    assert message in capsys.readouterr().out
+    (tmp_path / "mine.toml").write_text(recipe.to_toml())
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(tmp_path / "mine.toml")])
+    assert caught.value.code == 2
+    assert f"error: {message}" in capsys.readouterr().err
