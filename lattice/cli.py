@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter
@@ -14,6 +14,9 @@ from rich.markup import escape
 from lattice import __version__
 from lattice.launch import Agreed, Launch
 from lattice.registry import place_of
+
+if TYPE_CHECKING:
+    from lattice.recipe import Recipe
 
 
 class _Help(DefaultFormatter):
@@ -79,10 +82,9 @@ def show(recipe: Path, *, set_: Set = None, origin: bool = False) -> None:
         Say behind each value where it comes from.
     """
     from lattice.console import check_shown
-    from lattice.recipe import load_recipe
     from lattice.report import show_recipe
 
-    show_recipe(load_recipe(recipe, set_ or []), origin=origin)
+    show_recipe(_read(recipe, set_), origin=origin)
     check_shown()
 
 
@@ -196,14 +198,13 @@ def bench(
     from lattice.bench import Options
     from lattice.bench_report import run_bench
     from lattice.console import check_shown
-    from lattice.recipe import load_recipe
 
     of_first = list(set_ or [])
     if jacobi is not None:
         of_first += [f"recurrence.jacobi.train=[{jacobi}, {jacobi}]", f"recurrence.jacobi.eval={jacobi}"]
     if solver is not None:
         of_first.append(f"recurrence.solver={solver}")
-    first = load_recipe(recipe, of_first)
+    first = _read(recipe, of_first)
     in_use = getattr(first.component("recurrence"), "solver", "jacobi")
     if jacobi is not None and in_use != "jacobi":
         raise ValueError(f"--jacobi {jacobi}: the solver in use is {in_use}; add --solver jacobi")
@@ -211,7 +212,7 @@ def bench(
     for other in compare or []:
         if other.stem in recipes:
             raise ValueError(f"--compare {other}: a recipe of that name is measured already")
-        recipes[other.stem] = load_recipe(other, set_ or [])
+        recipes[other.stem] = _read(other, set_)
     options = Options(
         mode=mode,
         batch=batch,
@@ -257,9 +258,8 @@ def plan(
     """
     from lattice.console import check_shown
     from lattice.plan_report import run_plan
-    from lattice.recipe import load_recipe
 
-    run_plan(load_recipe(recipe, set_ or []), thoughts, gpu=gpu, gpus=gpus, utilization=mfu, out=out)
+    run_plan(_read(recipe, set_), thoughts, gpu=gpu, gpus=gpus, utilization=mfu, out=out)
     check_shown()
 
 
@@ -664,6 +664,17 @@ def prepare(
     )
     for split, held in manifest["splits"].items():
         say(f"'{out}' {split}: {plural(held['documents'], 'document')}, {plural(held['tokens'], 'token')}")
+
+
+def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
+    """A recipe, with a warning of what it sets and drops."""
+    from lattice.console import warn
+    from lattice.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides or [])
+    for line in read.dropped:
+        warn(line)
+    return read
 
 
 def _hint(error: Exception) -> str:

@@ -131,7 +131,7 @@ def _problem(cls: type, path: Path_, source: Source, error: dict[str, Any]) -> s
         )
     if error["type"] in ("missing_argument", "missing") and not isinstance(error["loc"][-1], int):
         return f"{start}: missing"
-    value = _at_value(source.table, whole)
+    value = value_at(source.table, whole)
     if error["type"] == "missing":
         message = "has too few values"
     return f"{start}{'' if value is None else f' = {_toml(value)}'}: {message[:1].lower()}{message[1:]}"
@@ -149,7 +149,8 @@ def _keys_of(table: Any, location: tuple[Any, ...]) -> Path_:
     return tuple(keys)
 
 
-def _at_value(table: dict[str, Any], path: Path_) -> Any:
+def value_at(table: dict[str, Any], path: Path_) -> Any:
+    """What lies at `path`; None where nothing does."""
     value: Any = table
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None

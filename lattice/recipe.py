@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ class Recipe:
     origins: Mapping[Path_, Origin] = field(repr=False)
     imports: tuple[str, ...] = ()
     name: str = "recipe"
+    dropped: tuple[str, ...] = ()
+    """A line for each table that another `kind` began anew, where that kind has options, too, that were set
+    before it."""
 
     def component(self, role: str) -> Any:
         """The component of a role that has one. Raises RecipeError where the recipe names none."""
@@ -109,9 +112,10 @@ def load_recipe(
                 "trust_imports (--trust-imports)"
             ]
         )
-    merged = reduce(_merge, [_without_layer_keys(layer) for layer in layers])
+    laid = [_without_layer_keys(layer) for layer in layers]
     problems: list[str] = []
-    return _check(merged, _import(layers, problems), name, problems)
+    checked = _check(reduce(_merge, laid), _import(layers, problems), name, problems)
+    return replace(checked, dropped=_dropped(laid, checked))
 
 
 def _layers(recipe: str | Path | Mapping[str, Any]) -> tuple[list[Source], str]:
@@ -251,6 +255,25 @@ def _merge(below: Source, above: Source) -> Source:
 
     table = merge(below.table, above.table, ())
     return Source(table, origins | above.origins)
+
+
+def _dropped(layers: list[Source], recipe: Recipe) -> tuple[str, ...]:
+    resolved = recipe.table()
+    lost: dict[Path_, dict[str, Any]] = {}
+    for layer in layers:
+        for path in layer.origins:
+            value, now = (options.value_at(table, path) for table in (layer.table, resolved))
+            if path in recipe.origins or isinstance(value, dict) or now in (None, value):
+                continue
+            anew = next(path[:end] for end in range(1, len(path)) if (*path[:end], "kind") in recipe.origins)
+            lost.setdefault(anew, {})[".".join(path[len(anew) :])] = value
+    said = []
+    for path, values in lost.items():
+        key = (*path, "kind")
+        kind = f"{recipe.origins[key]}: {'.'.join(key)} = {options.value_at(resolved, key)!r}"
+        without = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+        said.append(f"{kind} begins the table anew, without {without}")
+    return tuple(said)
 
 
 def _import(layers: list[Source], problems: list[str]) -> tuple[str, ...]:

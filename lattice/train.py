@@ -106,6 +106,8 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
         world.from_first(lambda: run_folder.open_run(folder, recipe))
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
         ranks = f"{world.size} ranks, the first on " if world.size > 1 else ""
+        for line in recipe.dropped:
+            say(f"note: {line}")
         say(f"{parameters:,} parameters on {ranks}{graph.device}; the run's directory is '{folder}'")
         log.event("ready", step=resumed["step"])
         watch = stack.enter_context(Watch(folder, world, recipe.run.timeout, log).on())

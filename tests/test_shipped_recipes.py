@@ -29,6 +29,7 @@ PYTHIA = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_assembles_and_runs_on_the_meta_device(name):
     recipe = lattice.load_recipe(RECIPES / name)
+    assert recipe.dropped == ()
     model = lattice.build_model(recipe, device="meta")
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     assert model(ids).logits.shape == (1, 8, recipe.component("backbone").vocab_size)

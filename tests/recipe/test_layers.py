@@ -3,6 +3,7 @@
 import pytest
 import tomli
 
+from lattice.cli import main
 from lattice.recipe import RecipeError, load_recipe
 from tests.recipe.texts import BACKBONE, WRITTEN
 
@@ -87,6 +88,22 @@ def test_another_kind_starts_the_table_afresh(write):
     assert recipe.table()["recurrence"] == {"kind": "none", "initializer_range": 0.02}
     assert not [key for key in recipe.origins if key[0] == "recurrence" and key[-1] in ("thoughts", "train")]
     assert str(recipe.origin(("recurrence", "kind"))) == "child.toml:3"
+
+
+def test_what_another_kind_drops_though_it_has_it_is_said(write, capsys):
+    extended = BACKBONE + '[recurrence]\nkind = "latent_thoughts"\nthoughts = 2\njacobi = { eval = 2 }\n'
+    write("base.toml", extended)
+    text = 'extends = "base.toml"\n[backbone]\nkind = "llama"\nnum_attention_heads = 4\n'
+    path = write("child.toml", text)
+    said = (
+        "child.toml:3: backbone.kind = 'llama' begins the table anew, without hidden_size = 16, "
+        "num_hidden_layers = 1"
+    )
+    assert load_recipe(path).dropped == (said,)  # not the heads, which are set again
+    with pytest.raises(SystemExit, match="0"):
+        main(["show", str(path), "--set", "recurrence.kind=ponder"])
+    assert capsys.readouterr().err.splitlines() == [f"warning: {said}"]  # ponder has no thoughts, no jacobi
+    assert load_recipe("base.toml", ["backbone.kind=gpt_neox", "recurrence.kind=none"]).dropped == ()
 
 
 def test_the_same_kind_again_keeps_the_options(write):
