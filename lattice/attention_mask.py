@@ -30,6 +30,28 @@ BLOCKS_FROM = 512
 PAIRS = 2**22
 """Pairs of slots that are looked at together to find the blocks, of all rows."""
 
+DOCUMENTS = 4
+"""In each row of a batch that is made up, to predict or to measure."""
+
+
+class Plain(Mask):
+    """The causal order alone."""
+
+    @property
+    def needs_documents(self) -> bool:
+        return False
+
+    def sees(self, query: Side, key: Side) -> Tensor | None:
+        return None
+
+
+def made_up_documents(mask: Mask, ids_BL: Tensor) -> Tensor | None:
+    """Document numbers of a made-up batch, all documents of one length; None where the mask needs none."""
+    if not mask.needs_documents:
+        return None
+    length = ids_BL.shape[1]
+    return (torch.arange(length, device=ids_BL.device) * DOCUMENTS // length).expand_as(ids_BL).contiguous()
+
 
 def allowed(mask: Mask, queries: Slots, keys: Slots) -> Tensor | None:
     """(B or 1, Q, K), True where a query may look; None where causal order over the slots says it all."""

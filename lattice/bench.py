@@ -21,6 +21,7 @@ import torch
 from rich.progress import track
 
 from lattice import __version__, hardware
+from lattice.attention_mask import made_up_documents
 from lattice.build import build_model
 from lattice.console import console
 from lattice.draws import Draw, Most
@@ -28,8 +29,9 @@ from lattice.generate import stream
 from lattice.hardware import choose_device
 from lattice.ledger import Ledger, ledger
 from lattice.live_tensors import LiveTensors
+from lattice.model import Output
 from lattice.options import to_table
-from lattice.protocols import Precision
+from lattice.protocols import Batch, Precision
 from lattice.recipe import Recipe
 from lattice.run_folder import peak_memory_mib
 
@@ -143,7 +145,8 @@ class Workload:
         reserved = self.model.recurrence.reserved_ids(self.model.shape)
         highest = min(reserved, default=vocabulary)
         ids = torch.randint(highest, (self.rows, self.length + 1))
-        self.ids_BL, self.targets_BL = ids[:, :-1], ids[:, 1:]
+        ids_BL, targets_BL = ids[:, :-1], ids[:, 1:]
+        self.batch = Batch(ids_BL, targets_BL, made_up_documents(self.model.mask, ids_BL))
         if self.options.mode == "train":
             self.optimizer = self.case.recipe.component("optimizer").build(self.model)
             return self._train
@@ -159,13 +162,10 @@ class Workload:
         return self._decode
 
     def _train(self, clock: Clock) -> None:
-        with clock("data"):
-            ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
-        with clock("forward"), self.precision.autocast(self.device):
-            loss = self.model(ids_BL, targets=targets_BL, draw=self._draw()).objective
+        loss = self._forward(clock, self._draw()).objective
         assert loss is not None
         with clock("backward"):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         with clock("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -180,14 +180,20 @@ class Workload:
 
     @torch.no_grad()
     def _evaluate(self, clock: Clock) -> None:
+        self._forward(clock)
+
+    def _forward(self, clock: Clock, draw: Draw | None = None) -> Output:
         with clock("data"):
-            ids_BL, targets_BL = self.ids_BL.to(self.device), self.targets_BL.to(self.device)
+            batch = self.batch.to(self.device)
         with clock("forward"), self.precision.autocast(self.device):
-            self.model(ids_BL, targets=targets_BL)
+            output: Output = self.model(
+                batch.ids_BL, documents=batch.documents_BL, targets=batch.targets_BL, draw=draw
+            )
+        return output
 
     def _decode(self, clock: Clock) -> None:
         with clock("data"):
-            ids_BL = self.ids_BL.to(self.device)
+            ids_BL = self.batch.ids_BL.to(self.device)
         # The first token comes from the prompt alone, each after it from a step.
         tokens_B1 = stream(self.model, ids_BL, self.options.new_tokens + 1)
         with self.precision.autocast(self.device):

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from lattice.attention_mask import BLOCKS_FROM, Plain, made_up_documents
 from lattice.build import undrawn_model
 from lattice.draws import Draw, Most
 from lattice.live_tensors import LiveTensors
@@ -49,24 +50,29 @@ class StepMemory:
         return self.parameters + self.gradients + self.optimizer + self.logits + self.activations
 
 
-def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 1) -> StepMemory:
+def step_memory(
+    recipe: Recipe, *, rows: int, length: int, micro_batches: int = 1, gpu: bool = False
+) -> StepMemory:
     """Predicted for a step of `micro_batches`, each of `rows` sequences of `length` tokens, with the most
     iterations that it may draw, by computing one of them on fake tensors, after the optimizer's first step.
-    It is the last step of the training: what thinks more from step to step thinks most there. Raises
-    NotPredicted."""
+    It is the last step of the training: what thinks more from step to step thinks most there. On a `gpu`
+    attention over long sequences holds no pairs of slots, whatever the mask. Raises NotPredicted."""
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
     precision = given.as_in_memory
     with FakeTensorMode(), torch.device("cpu"):
         model = undrawn_model(recipe)
         precision.apply(model)
+        if gpu and length >= BLOCKS_FROM:
+            model.mask = Plain()  # needs what a block mask does
         ids_BL = torch.zeros(rows, length, dtype=torch.int64)
+        documents_BL = made_up_documents(model.mask, ids_BL)
         if micro_batches > 1:  # from the second on, all gradients are there from the start
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         most = Most(recipe.run.seed, recipe.run.steps - 1)
         try:
-            live = traced_step(model, ids_BL, precision, draw=most)
+            live = traced_step(model, ids_BL, precision, documents_BL=documents_BL, draw=most)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NotPredicted(
                 f"recurrence '{kind_of(model.recurrence)}': what it computes depends on values: memory is "
@@ -91,7 +97,12 @@ def step_memory(recipe: Recipe, *, rows: int, length: int, micro_batches: int = 
 
 
 def traced_step(
-    model: LanguageModel, ids_BL: Tensor, precision: Precision, *, draw: Draw | None = None
+    model: LanguageModel,
+    ids_BL: Tensor,
+    precision: Precision,
+    *,
+    documents_BL: Tensor | None = None,
+    draw: Draw | None = None,
 ) -> LiveTensors:
     """Forward and backward of a training step, followed: `parameters`, `gradients`, `logits` and `other`.
     `draw` is the first step's, with the most that it may draw, if not given. Gradients stay; to those that
@@ -103,11 +114,12 @@ def traced_step(
         return "logits" if predicts else "other"
 
     held = [*model.parameters(), *model.buffers()]
-    live = LiveTensors([*held, *_gradients(model), ids_BL], label)
+    batch = [ids_BL] if documents_BL is None else [ids_BL, documents_BL]
+    live = LiveTensors([*held, *_gradients(model), *batch], label)
     live.rename(held, "parameters")
     with live:
         with precision.autocast(ids_BL.device):
-            loss = model(ids_BL, targets=ids_BL, draw=draw or Most(0, 0)).objective
+            loss = model(ids_BL, documents=documents_BL, targets=ids_BL, draw=draw or Most(0, 0)).objective
         assert loss is not None
         loss.backward()
         del loss

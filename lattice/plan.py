@@ -103,7 +103,11 @@ def cheapest(settings: Sequence[Setting]) -> Setting | None:
 def _setting(count: int, name: str, recipe: Recipe, target: Target, ranks: Arrangement) -> Setting:
     run = recipe.run
     alone = step_memory(
-        recipe, rows=ranks.rows, length=run.sequence_tokens, micro_batches=ranks.micro_batches
+        recipe,
+        rows=ranks.rows,
+        length=run.sequence_tokens,
+        micro_batches=ranks.micro_batches,
+        gpu=True,
     )
     room = (1 - target.reserve) * target.gpu.memory
     memory, gathered = rank_memory(recipe, alone, target.gpus, room)

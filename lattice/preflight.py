@@ -100,7 +100,7 @@ def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[st
         room = present = psutil.virtual_memory().available // world.launch.local_size
         where = "this machine"
         where += f", for each of {world.launch.local_size} ranks," if world.launch.local_size > 1 else ""
-    alone, complete = _predicted(recipe, world, present)
+    alone, complete = _predicted(recipe, world, present, gpu=device.type == "cuda")
     memory, gathered = rank_memory(recipe, alone, world.size, room)
     if memory.total <= present:
         return [], gathered if complete else None
@@ -113,7 +113,7 @@ def _memory(recipe: Recipe, world: World, device: torch.device) -> tuple[list[st
     ], None
 
 
-def _predicted(recipe: Recipe, world: World, present: int) -> tuple[StepMemory, bool]:
+def _predicted(recipe: Recipe, world: World, present: int, *, gpu: bool) -> tuple[StepMemory, bool]:
     """Of a process alone, and whether that is all: of weights, gradients and two moments only, if a rank's
     share of these is too much already or a step cannot be predicted."""
     parallel: Parallel = recipe.component("parallel")
@@ -123,7 +123,10 @@ def _predicted(recipe: Recipe, world: World, present: int) -> tuple[StepMemory, 
         return state, False
     try:
         ranks, length = arranged(recipe, world.size), recipe.run.sequence_tokens
-        return step_memory(recipe, rows=ranks.rows, length=length, micro_batches=ranks.micro_batches), True
+        alone = step_memory(
+            recipe, rows=ranks.rows, length=length, micro_batches=ranks.micro_batches, gpu=gpu
+        )
+        return alone, True
     except NotPredicted as error:
         say(str(error))
         return state, False

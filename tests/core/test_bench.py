@@ -85,6 +85,19 @@ def test_rows(kind, mode):
     json.dumps(row)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_mask_gets_the_documents_that_it_needs(mode):
+    """Which attention then runs with pairs of slots: time and memory are those of training."""
+    rows = {
+        kind: next(bench([Case(label=kind, thoughts=1, recipe=recipe_of(mask={"kind": kind}))], options))
+        for kind in ("causal", "document")
+        for options in [Options(mode=mode, warm_up=0, repetitions=1, batch=4, length=64)]
+    }
+    pairs = 4 * 128 * 128  # of all rows, a byte each
+    more = rows["document"]["peak_memory_mib"] - rows["causal"]["peak_memory_mib"]
+    assert more * 2**20 > pairs
+
+
 def test_memory_on_a_gpu_is_without_that_of_the_other_cases(monkeypatch):
     """The counters of a GPU, as they would stand beside cases that hold 5 GiB."""
     workload = benching.Workload(Case(label="mine", thoughts=1, recipe=recipe_of()), Options())

@@ -58,15 +58,18 @@ def recipe_of(backbone="gpt_neox", recurrence="thoughts", **tables):
 @pytest.mark.parametrize("recurrence", list(RECURRENCES))
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_predicted_memory(backbone, recurrence, checkpointing, precision):
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_predicted_memory(backbone, recurrence, checkpointing, precision, mask):
     """Of a step on fake tensors, and of the same on real ones."""
     tables = {"activation_checkpoint": CHECKPOINTING[checkpointing], "precision": {"kind": precision}}
-    recipe = recipe_of(backbone, recurrence, **tables, loss={"kind": "cross_entropy", "chunk_tokens": 64})
+    tables |= {"mask": {"kind": mask}, "loss": {"kind": "cross_entropy", "chunk_tokens": 64}}
+    recipe = recipe_of(backbone, recurrence, **tables)
     predicted = step_memory(recipe, rows=4, length=32)
     model = lattice.build_model(recipe)
     optimizer = recipe.component("optimizer").build(model)
     ids = torch.randint(95, (4, 32), generator=torch.Generator().manual_seed(0))
-    live = traced_step(model, ids, recipe.component("precision"))
+    documents = torch.arange(32).div(20, rounding_mode="floor").repeat(4, 1) if mask == "document" else None
+    live = traced_step(model, ids, recipe.component("precision"), documents_BL=documents)
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(value.nbytes for value in states if value.dim())
@@ -79,9 +82,23 @@ def test_predicted_memory(backbone, recurrence, checkpointing, precision):
     accumulated = step_memory(recipe, rows=4, length=32, micro_batches=3)
     optimizer.zero_grad()
     for _ in range(2):  # the second adds to the first one's gradients
-        live = traced_step(model, ids, recipe.component("precision"))
+        live = traced_step(model, ids, recipe.component("precision"), documents_BL=documents)
     assert accumulated.total == pytest.approx(live.peak + moments, rel=0.02)
     assert accumulated.gradients == weights
+
+
+def test_a_gpu_holds_pairs_of_short_sequences_alone():
+    recipe = recipe_of("llama", recurrence="none")
+    recipe = lattice.load_recipe(recipe, ["backbone.max_position_embeddings=512", "mask.kind=document"])
+
+    def activations(length, *overrides, gpu):
+        return step_memory(lattice.load_recipe(recipe, overrides), rows=2, length=length, gpu=gpu).activations
+
+    plain = activations(512, "mask.kind=causal", gpu=False)
+    assert activations(512, gpu=True) == activations(512, "mask.window=64", gpu=True) == plain
+    pairs = 2 * 512 * 512  # of all rows, a byte each
+    assert activations(512, gpu=False) > plain + pairs
+    assert activations(256, gpu=True) == activations(256, gpu=False)
 
 
 @register("recurrence", "test_growing")
