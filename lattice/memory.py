@@ -60,7 +60,8 @@ def step_memory(
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
     precision = given.as_in_memory
-    with FakeTensorMode(), torch.device("cpu"):
+    # A recurrence may use tensors of its module, which are real.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = undrawn_model(recipe)
         precision.apply(model)
         if gpu and length >= BLOCKS_FROM:

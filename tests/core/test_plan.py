@@ -21,7 +21,7 @@ from lattice.launch import Launch
 from lattice.ledger import ledger
 from lattice.memory import step_memory, traced_step
 from lattice.plan import CHECKPOINTING, Target, cheapest, plan
-from lattice.protocols import Recurrence
+from lattice.protocols import Recurrence, Unrolled
 from lattice.registry import register
 from lattice.world import World
 
@@ -85,6 +85,32 @@ def test_predicted_memory(backbone, recurrence, checkpointing, precision, mask):
         live = traced_step(model, ids, recipe.component("precision"), documents_BL=documents)
     assert accumulated.total == pytest.approx(live.peak + moments, rel=0.02)
     assert accumulated.gradients == weights
+
+
+WEIGHTS = torch.tensor([0.5, 0.25])
+
+
+@register("recurrence", "test_weighted")
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Loop):
+    """Scales by constants of its module."""
+
+    def build(self, shape):
+        return Weighing(self.loops, 1.0)
+
+
+class Weighing(Looping):
+    def __call__(self, stack, ids_BL, *, draw=None, cache=None):
+        unrolled = super().__call__(stack, ids_BL, draw=draw, cache=cache)
+        return Unrolled(WEIGHTS[0] * unrolled.hidden_BLD + WEIGHTS[1:] * unrolled.hidden_BLD)
+
+
+def test_constants_of_a_module_are_used_in_the_prediction():
+    recipe = lattice.load_recipe(recipe_of(recurrence="loop"), ["recurrence.kind=test_weighted"])
+    model = lattice.build_model(recipe)
+    live = traced_step(model, torch.zeros(4, 32, dtype=torch.int64), recipe.component("precision"))
+    predicted = step_memory(recipe, rows=4, length=32)
+    assert predicted.total - predicted.optimizer == pytest.approx(live.peak, rel=1e-3)
 
 
 def test_a_gpu_holds_pairs_of_short_sequences_alone():
