@@ -76,15 +76,10 @@ class Case:
 
 
 def bench(cases: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
-    """A row of results for each case. Those of one thought count are measured in turn, the counts one after
-    the other; a case that does not fit into memory has an `error`."""
-    for count in dict.fromkeys(case.thoughts for case in cases):
-        yield from _side_by_side([case for case in cases if case.thoughts == count], options)
-
-
-def _side_by_side(cases: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
+    """A row of results for each case, measured in turn; one that does not fit into memory has an `error`."""
     workloads = [Workload(case, options) for case in cases]
-    shown = f"{options.mode}, {cases[0].thoughts} thoughts"
+    counts = dict.fromkeys(str(case.thoughts) for case in cases)
+    shown = f"{options.mode}, {' and '.join(counts)} thoughts"
     rounds = range(options.warm_up + options.repetitions)
     for _ in track(rounds, shown, console=console, transient=True, disable=not console.is_terminal):
         for workload in workloads:

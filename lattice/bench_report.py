@@ -20,31 +20,36 @@ Row = dict[str, Any]
 def run_bench(
     recipes: dict[str, Recipe], thoughts: Sequence[int] | None, options: Options, out: Path | None
 ) -> list[Row]:
-    """Measures every recipe at every thought count (None: as it is), shows the tables, and writes
-    `bench.jsonl`, a line as soon as it is known, and `bench.png` to the folder `out`."""
+    """Measures every recipe at every thought count, the counts one after the other (None: as it is), shows
+    the tables, and writes `bench.jsonl`, a line as soon as it is known, and `bench.png` to the folder `out`.
+    """
     if out is not None:
         check_writable(out / "bench.jsonl")
     rows: list[Row] = []
-    for row in bench(_cases(recipes, thoughts), options):
-        rows.append(row)
-        if out is not None:
-            append_line(out / "bench.jsonl", json.dumps(row))
+    for cases in _in_turn(recipes, thoughts):
+        for row in bench(cases, options):
+            rows.append(row)
+            if out is not None:
+                append_line(out / "bench.jsonl", json.dumps(row))
     show(rows)
     if out is not None:
         say(f"wrote {out / 'bench.jsonl'}" + _picture(rows, out / "bench.png"))
     return rows
 
 
-def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[Case]:
-    """Counts that a recipe cannot have are left out, and said so; ValueError where it can have none."""
+def _in_turn(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[list[Case]]:
+    """What takes turns: the recipes as they are, or those of each count. Counts that a recipe cannot have are
+    left out, and said so; ValueError where it can have none."""
     if thoughts is None:
-        return [
+        as_they_are = [
             Case(label=label, thoughts=own_thoughts(recipe), recipe=as_evaluated(recipe))
             for label, recipe in recipes.items()
         ]
-    counts, cases = sorted(set(thoughts)), list[Case]()
+        return [as_they_are]
+    counts = sorted(set(thoughts))
     if counts[0] < 0:
         raise ValueError(f"thoughts = {counts[0]}: must be at least 0")
+    of_count: dict[int, list[Case]] = {count: [] for count in counts}
     for label, recipe in recipes.items():
         refused: list[str] = []
         for count in counts:
@@ -53,12 +58,12 @@ def _cases(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list[C
             except ValueError as error:
                 refused.append(str(error))
             else:
-                cases.append(Case(label=label, thoughts=count, recipe=counted))
+                of_count[count].append(Case(label=label, thoughts=count, recipe=counted))
         if len(refused) == len(counts):
             raise ValueError(f"{label}: {refused[0]}")
         for problem in refused:
             say(f"{label} is left out: {problem}")
-    return cases
+    return [cases for cases in of_count.values() if cases]
 
 
 def show(rows: Sequence[Row]) -> None:

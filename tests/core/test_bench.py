@@ -111,7 +111,9 @@ def test_memory_on_a_gpu_is_without_that_of_the_other_cases(monkeypatch):
     assert workload._peaks()["peak_memory_mib"] == pytest.approx(mine / 2**20 + 1, rel=0.01)
 
 
-def test_recipes_take_turns(monkeypatch):
+@pytest.mark.parametrize("thoughts", [[2, 0], None])
+def test_recipes_take_turns(thoughts, monkeypatch):
+    """Those of one count, or all as they are, whatever counts they have."""
     turns, once = [], benching.Workload.once
 
     def watched(self):
@@ -119,14 +121,11 @@ def test_recipes_take_turns(monkeypatch):
         once(self)
 
     monkeypatch.setattr(benching.Workload, "once", watched)
-    cases = [
-        Case(label=label, thoughts=count, recipe=with_thoughts(recipe_of(kind), count))
-        for label, kind in (("a", "loop"), ("b", "pause"))
-        for count in (0, 2)
-    ]
-    rows = list(bench(cases, Options(mode="eval", warm_up=1, repetitions=2)))
-    assert turns == 3 * [("a", 0), ("b", 0)] + 3 * [("a", 2), ("b", 2)]
-    assert [(row["recipe"], row["thoughts"]) for row in rows] == [("a", 0), ("b", 0), ("a", 2), ("b", 2)]
+    recipes = {"a": recipe_of("loop"), "b": with_thoughts(recipe_of("pause"), 3)}
+    rows = run_bench(recipes, thoughts, Options(mode="eval", warm_up=1, repetitions=2), None)
+    groups = [[("a", 1), ("b", 3)]] if thoughts is None else [[("a", 0), ("b", 0)], [("a", 2), ("b", 2)]]
+    assert turns == [case for group in groups for case in 3 * group]
+    assert [(row["recipe"], row["thoughts"]) for row in rows] == [case for group in groups for case in group]
 
 
 def test_a_recipe_as_it_is_has_its_own_count():
