@@ -136,10 +136,9 @@ class Workload:
         self.precision.apply(self.model)
         self.case.recipe.component("compile").apply(self.model)
         self.model.to(self.device)
-        vocabulary = self.model.shape.vocab_size
         reserved = self.model.recurrence.reserved_ids(self.model.shape)
-        highest = min(reserved, default=vocabulary)
-        ids = torch.randint(highest, (self.rows, self.length + 1))
+        free = torch.tensor([row for row in range(self.model.shape.vocab_size) if row not in reserved])
+        ids = free[torch.randint(len(free), (self.rows, self.length + 1))]
         ids_BL, targets_BL = ids[:, :-1], ids[:, 1:]
         self.batch = Batch(ids_BL, targets_BL, made_up_documents(self.model.mask, ids_BL))
         if self.options.mode == "train":

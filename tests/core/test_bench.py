@@ -98,6 +98,13 @@ def test_a_mask_gets_the_documents_that_it_needs(mode):
     assert more * 2**20 > pairs
 
 
+@pytest.mark.parametrize("reserved", [0, 1, 39])
+def test_all_ids_but_reserved_ones_are_drawn(reserved):
+    recipe = recipe_of(recurrence={"kind": "pause", "pause_token_id": reserved})
+    workload = benching.Workload(Case(label="mine", thoughts=1, recipe=recipe), Options(batch=64, length=64))
+    assert set(workload.batch.ids_BL.unique().tolist()) == set(range(40)) - {reserved}
+
+
 def test_memory_on_a_gpu_is_without_that_of_the_other_cases(monkeypatch):
     """The counters of a GPU, as they would stand beside cases that hold 5 GiB."""
     workload = benching.Workload(Case(label="mine", thoughts=1, recipe=recipe_of()), Options())
