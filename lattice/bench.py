@@ -200,7 +200,8 @@ class Workload:
         """Medians with quartiles, the ledger's costs, and on what it was measured."""
         options, recipe = self.options, self.case.recipe
         decoding = options.mode == "decode"
-        costs = ledger(recipe, length=self.length)
+        # The tokens that are decoded stand one after the other behind the prompt: on average, there.
+        costs = ledger(recipe, length=self.length + (options.new_tokens + 1) // 2 * decoding)
         row: dict[str, Any] = {
             "recipe": self.case.label,
             "mode": options.mode,

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from lattice import bench as benching
 from lattice.bench import Case, Options, bench
 from lattice.bench_report import _picture, run_bench
 from lattice.cli import main
+from lattice.generate import stream
 from lattice.ledger import ledger
 from lattice.live_tensors import LiveTensors
+from lattice.testing.counted import operations
 from lattice.thought_counts import with_thoughts
 
 TINY = {
@@ -67,7 +70,7 @@ def test_rows(kind, mode):
     recipe = recipe_of(kind, precision={"kind": "bf16"})
     options = Options(mode=mode, warm_up=1, repetitions=3, new_tokens=4, peak_tflops=1)
     (row,) = bench([Case(label="mine", thoughts=1, recipe=recipe)], options)
-    rate, costs = row["tokens_per_second"], ledger(recipe, length=row["length"])
+    rate, costs = row["tokens_per_second"], ledger(recipe, length=row["ledger"]["length"])
     assert 0 < rate["low"] <= rate["median"] <= rate["high"]
     passes, operations = {
         "train": (costs.training_token_passes, costs.training_operations),
@@ -96,6 +99,17 @@ def test_a_mask_gets_the_documents_that_it_needs(mode):
     pairs = 4 * 128 * 128  # of all rows, a byte each
     more = rows["document"]["peak_memory_mib"] - rows["causal"]["peak_memory_mib"]
     assert more * 2**20 > pairs
+
+
+def test_operations_of_decoding_are_those_of_the_mean_token():
+    """Counted, where attention to the tokens before is much of them."""
+    recipe = recipe_of("none")
+    options = Options(mode="decode", warm_up=0, repetitions=1, length=4, new_tokens=50)
+    (row,) = bench([Case(label="mine", thoughts=0, recipe=recipe)], options)
+    tokens = stream(lattice.build_model(recipe).eval(), torch.zeros(1, 4, dtype=torch.int64), 51)
+    next(tokens)  # from the prompt
+    counted = operations(lambda: deque(tokens, maxlen=0)) / 50
+    assert row["operations_per_token"] == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.parametrize("reserved", [0, 1, 39])
