@@ -1,17 +1,26 @@
-"""What only a GPU can show, on one of them: whether it computes the same, how fast, in how much memory.
+"""What only a GPU can show, on one of them: how fast it is, in how much memory, whether it computes the same.
 
-    python benchmarks/gpu.py parity|thoughts|profile|decode [--sizes 160m 410m 1.4b] [--out DIRECTORY]
+    python benchmarks/gpu.py [PART] [--sizes 1.4b 410m 160m] [--seconds 540] [--out DIRECTORY]
 
-parity    The golden cases in float32; attention's kernels, float8 and compiled layers against the plain way.
-thoughts  A training step (forward, backward, AdamW) of each size, number of thoughts, precision and
-          checkpointing, with --compile also compiled: tokens/s, peak memory, MFU.
-profile   Three such steps under torch.profiler: a table by time, and a trace for chrome://tracing.
+Where lattice is not installed, PYTHONPATH=. lets it be found. Without a PART all are done, the most important
+first:
+
+goal      A training step (forward, backward, AdamW) of the first size with one thought, nothing computed
+          again: bfloat16 and float8, as it is and compiled. Tokens/s, peak memory, MFU.
+thoughts  The same of each size, number of thoughts, precision and checkpointing; with --compile also
+          compiled.
 decode    New tokens/s, thoughts in sequence through the cache.
+parity    The golden cases in float32 (needs pytest); attention's kernels, float8 and compiled layers against
+          the plain way.
+profile   Three steps under torch.profiler, of each size with the first of --thoughts, --precisions and
+          --checkpointing: a table by time, and a trace for chrome://tracing.
 
-Every case is a line of gpu_PART.jsonl in --out, with hardware, versions, and the error where it failed; the
-others go on. The exit status is 1 if a case of parity failed. `--device cpu --sizes tiny` tries the script
-out; its times say nothing.
+Each size has its thoughts, then its decoding, before the next. Every case is a line of gpu_PART.jsonl in
+--out, with hardware, versions, and the error where it failed; the others go on. None begins after --seconds.
+The exit status is 1 if a case of parity failed. `--device cpu --sizes tiny` tries the script out; its times
+say nothing.
 
+A step takes as many sequences as fit and as --step-seconds allow; steps on one and on two of them tell.
 MFU counts the operations of the ledger (lattice/ledger.py), none that are computed again. It is a share of
 the dense bfloat16 peak, in float8 too.
 """
@@ -20,37 +29,54 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gpu_cases import PRECISIONS, Report
+from gpu_cases import PRECISIONS, Cases, Report
 from gpu_parity import parity
-from gpu_speed import decode, profile, thoughts
+from gpu_speed import decode, goal, profile, thoughts
 
 from lattice.console import say
 
-PARTS = {"parity": parity, "thoughts": thoughts, "profile": profile, "decode": decode}
+PARTS = ("goal", "thoughts", "decode", "parity", "profile")
+
+
+def parts(options: argparse.Namespace) -> Iterator[tuple[str, Cases]]:
+    """All cases, the most important first."""
+    yield "goal", goal(options)
+    for size in options.sizes:
+        yield "thoughts", thoughts(options, size)
+        yield "decode", decode(options, size)
+    yield "parity", parity(options)
+    for size in options.sizes:
+        yield "profile", profile(options, size)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=list(PARTS))
-    parser.add_argument("--sizes", nargs="+", default=["160m", "410m", "1.4b"])
+    parser.add_argument("part", nargs="?", choices=["all", *PARTS], default="all")
+    parser.add_argument("--sizes", nargs="+", default=["1.4b", "410m", "160m"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--thoughts", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--thoughts", nargs="+", type=int, default=[1, 0, 2, 3])
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["bf16", "float8"])
     parser.add_argument("--checkpointing", nargs="+", default=["none", "pass"])
     parser.add_argument("--compile", action="store_true", help="thoughts: also compiled; profile: compiled")
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, default=32, help="the first to try")
-    parser.add_argument("--profile-batch", type=int, default=2)
+    parser.add_argument("--micro-batch", type=int, default=32, help="at most")
+    parser.add_argument(
+        "--step-seconds", type=float, default=2, help="of a step: no more sequences than take this long"
+    )
+    parser.add_argument("--profile-batch", type=int, default=2, help="at most")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of decode")
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=540, help="thoughts: begin no case after this long")
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=10, help="at most")
+    parser.add_argument("--case-seconds", type=float, default=10, help="begin no repetition after this long")
+    parser.add_argument("--seconds", type=float, default=540, help="begin no case after this long")
     options = parser.parse_args(arguments)
     options.tiny = options.sizes == ["tiny"]
     if options.tiny:
@@ -63,11 +89,21 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
-    report = Report(options.out, options.part, options.device)
-    PARTS[options.part](options, report)
+    report, deadline, left = Report(options.out, options.device), time.monotonic() + options.seconds, 0
+    for part, cases in parts(options):
+        if options.part not in ("all", part):
+            continue
+        for labels, case in cases:
+            if time.monotonic() >= deadline:
+                left += 1
+                continue
+            with report.case(part, **labels) as found:
+                case(found)
+    if left:
+        say(f"{left} cases left out after {options.seconds} s: raise --seconds")
     if report.failed:
-        say(f"{report.failed} cases failed")
-    return int(options.part == "parity" and report.failed > 0)
+        say(f"{report.failed.total()} cases failed")
+    return int(report.failed["parity"] > 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,21 +41,26 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 """By name on the command line; "float8_large" converts what the kind converts if nothing is said."""
 
 
+Cases = Iterator[tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]
+"""Labels, and what is to be done: it is given a dict for what it finds."""
+
+
 class Report:
     """A line of jsonl for each case, whatever comes of it."""
 
-    def __init__(self, path: Path, part: str, device: torch.device) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self._path, self.failed = path / f"gpu_{part}.jsonl", 0
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self.failed: Counter[str] = Counter()
+        """Cases of each part."""
         installed = {name: version(name) for name in ("torchao", "triton")}
         self._facts = {
-            "part": part,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, **installed},
         }
 
     @contextmanager
-    def case(self, **labels: Any) -> Iterator[dict[str, Any]]:
+    def case(self, part: str, **labels: Any) -> Iterator[dict[str, Any]]:
         """Gives a dict for what is found; whatever is raised becomes the line's `error`."""
         found: dict[str, Any] = {}
         start = time.perf_counter()
@@ -62,10 +68,17 @@ class Report:
             yield found
         except Exception as error:  # a case may fail in any way, and the next one must still run
             found["error"] = f"{type(error).__name__}: {error}"[:2000]
-            self.failed += 1
+            self.failed[part] += 1
         seconds = round(time.perf_counter() - start, 3)
-        line = {**self._facts, **labels, **found, "ok": "error" not in found, "seconds": seconds}
-        with self._path.open("a", encoding="utf-8") as file:
+        line = {
+            "part": part,
+            **self._facts,
+            **labels,
+            **found,
+            "ok": "error" not in found,
+            "seconds": seconds,
+        }
+        with (self._folder / f"gpu_{part}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         shown = {name: value for name, value in line.items() if name not in self._facts}
         say(" ".join(f"{name}={value}" for name, value in shown.items()))
@@ -111,9 +124,7 @@ def recipe_of(
     )
 
 
-def build(
-    recipe: lattice.Recipe, device: torch.device, *, compiled: bool = False, drawn: bool = True
-) -> lattice.LanguageModel:
+def build(recipe: lattice.Recipe, device: torch.device, *, drawn: bool = True) -> lattice.LanguageModel:
     """With `drawn` the weights are drawn as the recipe says, one after the other on the CPU; else they are
     what torch gives new modules on the device, which is sooner for a large model."""
     torch.manual_seed(0)
@@ -122,11 +133,13 @@ def build(
     if drawn:
         model.decoder.initialize(model.recurrence.initialization(model.shape))
     recipe.component("precision").apply(model)
-    if compiled:
-        # On a CPU traced only: its code would take minutes to build.
-        backend = "inductor" if device.type == "cuda" else "aot_eager"
-        CompileBlock(backend=backend, fullgraph=True).apply(model)
     return model
+
+
+def compile_layers(model: lattice.LanguageModel, device: torch.device) -> None:
+    """On a CPU traced only: its code would take minutes to build."""
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    CompileBlock(backend=backend, fullgraph=True).apply(model)
 
 
 def some_ids(model: lattice.LanguageModel, rows: int, length: int) -> Tensor:

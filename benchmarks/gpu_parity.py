@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_cases import ROOT, Report, build, recipe_of, some_ids
+from gpu_cases import ROOT, Cases, build, compile_layers, recipe_of, some_ids
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,14 +27,14 @@ from lattice.slots import Slots, Tokens
 warnings.filterwarnings("ignore", ".*multiplies the embeddings by")  # drawn weights had no scale before
 
 
-def parity(options: argparse.Namespace, report: Report) -> None:
+def parity(options: argparse.Namespace) -> Cases:
     torch.set_float32_matmul_precision("highest")  # no TF32
-    golden(options, report)
-    attention(options, report)
-    formats(options, report)
+    yield from golden(options)
+    yield from attention(options)
+    yield from formats(options)
 
 
-def golden(options: argparse.Namespace, report: Report) -> None:
+def golden(options: argparse.Namespace) -> Cases:
     """The method's reference implementation, read as tests/parity/test_golden.py reads it."""
     path = ROOT / "tests" / "parity" / "test_golden.py"
     spec = importlib.util.spec_from_file_location("lattice_golden_cases", path)
@@ -43,12 +43,16 @@ def golden(options: argparse.Namespace, report: Report) -> None:
     reader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reader)
     imports = {"imports": [str(path.with_name("layer_mixture.py"))]}
-    for case in reader.CASES[:: 8 if options.tiny else 1]:
-        with report.case(case="golden", name=case) as found, tempfile.TemporaryDirectory() as folder:
-            manifest, tensors = reader.load_case(case)
+
+    def compared(found: dict[str, Any], name: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            manifest, tensors = reader.load_case(name)
             source = reader.hf_folder(Path(folder), manifest["arch"], manifest["config"])
             model = lattice.from_pretrained(source, reader.recurrence_of(manifest), overrides=imports)
             _golden_case(found, model.to(options.device), manifest, tensors)
+
+    for name in reader.CASES[:: 8 if options.tiny else 1]:
+        yield {"case": "golden", "name": name}, functools.partial(compared, name=name)
 
 
 def _golden_case(
@@ -77,28 +81,27 @@ def _golden_case(
     )
 
 
-def attention(options: argparse.Namespace, report: Report) -> None:
+def attention(options: argparse.Namespace) -> Cases:
     """Flash attention in bfloat16 against float32, and block masks against booleans."""
-    length = 64 if options.tiny else 1024
+    given = {"device": options.device, "length": 64 if options.tiny else 1024}
     for thoughts in (0, 1):
-        with report.case(case="flash", thoughts=thoughts) as found:
-            exact, rounded = (
-                recipe_of("tiny", thoughts, device=options.device, precision=name)
-                for name in ("fp32", "bf16")
-            )
-            model = build(exact, options.device)
-            ids_BL = some_ids(model, 2, length)
-            reference = computed(model, ids_BL, exact.component("precision"))
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                value = computed(model, ids_BL, rounded.component("precision"))
-            compare(found, value, reference, logits=0.03, gradients=0.1)
+        yield {"case": "flash", "thoughts": thoughts}, functools.partial(_flash, thoughts=thoughts, **given)
     for seen in ("all", "own", "last"):
-        for window in (None, length // 4):
+        for window in (None, given["length"] // 4):
             mask = {"kind": "document", "thoughts": seen, "window": window}
-            with report.case(case="block mask", level="attention", **mask) as found:
-                _block_mask(found, Document(thoughts=seen, window=window), options.device, length)
-            with report.case(case="block mask", level="model", **mask) as found:
-                _masked_model(found, mask, options.device, length)
+            for level, compared in (("attention", _block_mask), ("model", _masked_model)):
+                labels = {"case": "block mask", "level": level, **mask}
+                yield labels, functools.partial(compared, mask=mask, **given)
+
+
+def _flash(found: dict[str, Any], *, thoughts: int, device: torch.device, length: int) -> None:
+    exact, rounded = (recipe_of("tiny", thoughts, device=device, precision=name) for name in ("fp32", "bf16"))
+    model = build(exact, device)
+    ids_BL = some_ids(model, 2, length)
+    reference = computed(model, ids_BL, exact.component("precision"))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        value = computed(model, ids_BL, rounded.component("precision"))
+    compare(found, value, reference, logits=0.03, gradients=0.1)
 
 
 def _documents(rows: int, length: int, device: torch.device) -> Tensor:
@@ -107,8 +110,9 @@ def _documents(rows: int, length: int, device: torch.device) -> Tensor:
     return torch.stack([index_L // (length // (2 if row == 0 else 3) + 1) for row in range(rows)])
 
 
-def _block_mask(found: dict[str, Any], mask: Document, device: torch.device, length: int) -> None:
+def _block_mask(found: dict[str, Any], *, mask: dict[str, Any], device: torch.device, length: int) -> None:
     """On a GPU with gradients; elsewhere FlexAttention has none."""
+    document = Document(thoughts=mask["thoughts"], window=mask["window"])
     documents_BL = _documents(2, length, device)
     slots = Slots.interleaved(Tokens.of(torch.zeros_like(documents_BL), documents_BL=documents_BL), stages=2)
     rotary = Rotary(
@@ -119,11 +123,11 @@ def _block_mask(found: dict[str, Any], mask: Document, device: torch.device, len
         torch.randn(size, generator=generator).to(device)
         for size in ((2, 2 * length, 4, 32), (2, 2, 2 * length, 32), (2, 2, 2 * length, 32))
     )
-    allowed_BSS = attention_mask.allowed(mask, slots, slots)
+    allowed_BSS = attention_mask.allowed(document, slots, slots)
     assert allowed_BSS is not None
     ways = {
         "booleans": AttentionMask(causal=False, allowed=allowed_BSS[:, None]),
-        "blocks": AttentionMask(causal=False, blocks=attention_mask.block_mask(mask, slots, slots)),
+        "blocks": AttentionMask(causal=False, blocks=attention_mask.block_mask(document, slots, slots)),
     }
     results: dict[str, list[Tensor]] = {}
     for way, given in ways.items():
@@ -139,7 +143,7 @@ def _block_mask(found: dict[str, Any], mask: Document, device: torch.device, len
     within(found, {"attended": 2e-3, "gradients": 5e-3}, attended=errors[0], gradients=max(errors))
 
 
-def _masked_model(found: dict[str, Any], mask: dict[str, Any], device: torch.device, length: int) -> None:
+def _masked_model(found: dict[str, Any], *, mask: dict[str, Any], device: torch.device, length: int) -> None:
     """The whole way, where a GPU takes blocks and no other device does."""
     recipe = recipe_of("tiny", 1, device=device, precision="fp32").table()
     recipe["mask"] = {name: value for name, value in mask.items() if value is not None}
@@ -156,26 +160,30 @@ def precision_of(kind: str) -> Precision:
     return precision
 
 
-def formats(options: argparse.Namespace, report: Report) -> None:
+def formats(options: argparse.Namespace) -> Cases:
     """Compiled layers against eager ones, and float8 against bfloat16."""
-    length = 64 if options.tiny else 512
+    given = {"device": options.device, "length": 64 if options.tiny else 512}
     for thoughts in (1,) if options.tiny else (0, 1):
-        recipe = recipe_of("tiny", thoughts, device=options.device)
-        precision = recipe.component("precision")
-        with report.case(case="compiled", thoughts=thoughts) as found:
-            model = build(recipe, options.device)
-            ids_BL = some_ids(model, 2, length)
-            reference = computed(model, ids_BL, precision)
-            value = computed(build(recipe, options.device, compiled=True), ids_BL, precision)
-            compare(found, value, reference, logits=0.03, gradients=0.1)
+        labels: dict[str, Any] = {"thoughts": thoughts}
+        yield {"case": "compiled", **labels}, functools.partial(_compiled, **labels, **given)
         for scaling in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
             for checkpointing in ("none", "selective"):
                 labels = {"recipe": scaling, "thoughts": thoughts, "checkpointing": checkpointing}
-                with report.case(case="float8", **labels) as found:
-                    _float8(found, labels, options.device, length)
+                yield {"case": "float8", **labels}, functools.partial(_float8, labels=labels, **given)
 
 
-def _float8(found: dict[str, Any], labels: dict[str, Any], device: torch.device, length: int) -> None:
+def _compiled(found: dict[str, Any], *, thoughts: int, device: torch.device, length: int) -> None:
+    recipe = recipe_of("tiny", thoughts, device=device)
+    precision = recipe.component("precision")
+    model = build(recipe, device)
+    ids_BL = some_ids(model, 2, length)
+    logits_BLV, loss, gradients = computed(model, ids_BL, precision)
+    compile_layers(model, device)
+    value = computed(model, ids_BL, precision)
+    compare(found, value, (logits_BLV, loss, gradients), logits=0.03, gradients=0.1)
+
+
+def _float8(found: dict[str, Any], *, labels: dict[str, Any], device: torch.device, length: int) -> None:
     table = recipe_of(
         "tiny", labels["thoughts"], device=device, checkpointing=labels["checkpointing"]
     ).table()

@@ -4,54 +4,161 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
+import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Report, build, free, recipe_of, some_ids, synchronize
+from gpu_cases import Cases, build, compile_layers, free, recipe_of, some_ids, synchronize
 from torch import Tensor
 
 import lattice
-from lattice.console import say
+from lattice.arrangement import RESERVE
 from lattice.draws import Draw
 from lattice.hardware import peak_of
 from lattice.ledger import ledger
-from lattice.protocols import Precision
+from lattice.protocols import Optimizer, Precision
 from lattice.run_folder import peak_memory_mib
 
 
-def measure(
-    recipe: lattice.Recipe,
-    device: torch.device,
-    *,
-    length: int,
-    micro_batch: int,
-    options: argparse.Namespace,
+def goal(options: argparse.Namespace) -> Cases:
+    for compiled in (False, True):
+        for precision in ("bf16", "float8"):
+            labels = labels_of(options, options.sizes[0], 1, precision, "none", compiled=compiled)
+            yield labels, functools.partial(measure, labels=labels, options=options)
+
+
+def thoughts(options: argparse.Namespace, size: str) -> Cases:
+    before = [labels for labels, _ in goal(options)] if options.part == "all" else []
+    for checkpointing in options.checkpointing:
+        for count in options.thoughts:
+            for compiled in [False, True] if options.compile else [False]:
+                for precision in options.precisions:
+                    labels = labels_of(options, size, count, precision, checkpointing, compiled=compiled)
+                    if labels not in before:
+                        yield labels, functools.partial(measure, labels=labels, options=options)
+
+
+def labels_of(
+    options: argparse.Namespace, size: str, count: int, precision: str, checkpointing: str, *, compiled: bool
 ) -> dict[str, Any]:
-    """A training step on one micro-batch, timed: median and quartiles of tokens/s, peak memory, MFU."""
-    step = training_step(recipe, device, length=length, micro_batch=micro_batch, compiled=options.compiled)
-    for _ in range(options.warm_up):
-        step()
-    synchronize(device)
+    """Of a training step."""
+    model = {"size": size, "thoughts": count, "precision": precision, "checkpointing": checkpointing}
+    return {**model, "compiled": compiled, "length": options.length}
+
+
+class Step:
+    """A training step (forward, backward, AdamW) on as many sequences as are given."""
+
+    def __init__(self, labels: dict[str, Any], device: torch.device) -> None:
+        self.recipe = recipe_of(
+            labels["size"],
+            labels["thoughts"],
+            device=device,
+            precision=labels["precision"],
+            checkpointing=labels["checkpointing"],
+        )
+        self.model, self.device = build(self.recipe, device, drawn=False), device
+        optimizer: Optimizer = self.recipe.component("optimizer")
+        self._optimizer = optimizer.build(self.model)
+        self._precision: Precision = self.recipe.component("precision")
+
+    def __call__(self, ids_BL: Tensor) -> None:
+        self._optimizer.zero_grad()  # first: a step that did not fit has left gradients
+        with self._precision.autocast(self.device):
+            loss = self.model(ids_BL, targets=ids_BL.roll(-1, 1), draw=Draw(0, 0)).loss
+        assert loss is not None
+        loss.backward()
+        self._optimizer.step()
+
+
+def ready(labels: dict[str, Any], options: argparse.Namespace, most: int) -> tuple[Step, int]:
+    """The step, compiled if it is to be, and how many sequences it can take: `most`, or what fits.
+
+    That is found without compiled layers, which would be compiled for each number. Predicting it
+    (lattice.memory) takes longer than these steps: seconds to half a minute of a CPU for 24 layers.
+    """
+    device = options.device
+    step = Step(labels, device)
+
+    def probe(rows: int) -> tuple[float, float]:
+        ids_BL = some_ids(step.model, rows, options.length)
+        step(ids_BL)  # makes the optimizer's moments
+        forget_peak(device)
+        seconds = timed(functools.partial(step, ids_BL), device)
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, seconds
+
+    room = math.inf
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = [timed(step, device) for _ in range(options.repetitions)]
-    tokens = micro_batch * length
-    rates = sorted(tokens / one for one in seconds)
+        room = (1 - RESERVE) * torch.cuda.get_device_properties(device).total_memory
+    rows = rows_that_fit(probe, most=most, room=room, seconds=options.step_seconds)
+    free()
+    if labels["compiled"]:
+        torch.compiler.reset()
+        compile_layers(step.model, device)
+    return step, rows
+
+
+def rows_that_fit(
+    probe: Callable[[int], tuple[float, float]], *, most: int, room: float, seconds: float
+) -> int:
+    """As many rows, at least one, as take no more than `room` bytes and `seconds`, if both grow from one row
+    to the next as they do from the first to the second. `probe` tells them of so many rows."""
+    first_bytes, _ = probe(1)
+    if most == 1:
+        return 1
+    try:
+        second_bytes, second_seconds = probe(2)
+    except torch.OutOfMemoryError:
+        return 1
+    more = math.inf if second_bytes <= first_bytes else (room - second_bytes) / (second_bytes - first_bytes)
+    return max(1, math.floor(min(most, 2 + more, 2 * seconds / second_seconds)))
+
+
+def measure(found: dict[str, Any], *, labels: dict[str, Any], options: argparse.Namespace) -> None:
+    """A training step, timed: median and quartiles of tokens/s, peak memory, MFU."""
+    step, rows = ready(labels, options, options.micro_batch)
+    while True:
+        found["micro_batch"] = rows
+        try:
+            found |= speed(step, rows, options)
+            return
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows = rows * 3 // 4
+        free()  # outside of the handler, whose traceback holds the tensors
+
+
+def speed(step: Step, rows: int, options: argparse.Namespace) -> dict[str, Any]:
+    device, length = options.device, options.length
+    call = functools.partial(step, some_ids(step.model, rows, length))
+    for _ in range(options.warm_up):
+        call()
+    synchronize(device)
+    forget_peak(device)
+    rates = sorted(rows * length / one for one in repeated(call, options))
     low, median, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
-    peak, operations = peak_of(device), ledger(recipe, length=length).training_operations
+    peak, operations = peak_of(device), ledger(step.recipe, length=length).training_operations
     return {
-        "micro_batch": micro_batch,
         "tokens_per_second": round(median, 1),
         "quartiles": [round(low, 1), round(high, 1)],
         "repetitions": len(rates),
         "peak_mib": round(peak_memory_mib(device)),
         "mfu": None if peak is None else round(median * operations / peak, 4),
     }
+
+
+def repeated(call: Callable[[], Any], options: argparse.Namespace) -> list[float]:
+    """Seconds of each repetition, two at least, if so many are asked for."""
+    start, taken = time.perf_counter(), list[float]()
+    while len(taken) < options.repetitions:
+        if len(taken) >= 2 and time.perf_counter() - start >= options.case_seconds:
+            break
+        taken.append(timed(call, options.device))
+    return taken
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -61,133 +168,63 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def training_step(
-    recipe: lattice.Recipe, device: torch.device, *, length: int, micro_batch: int, compiled: bool
-) -> Callable[[], None]:
-    model = build(recipe, device, compiled=compiled, drawn=False)
-    optimizer = recipe.component("optimizer").build(model)
-    precision: Precision = recipe.component("precision")
-    ids_BL = some_ids(model, micro_batch, length)
-
-    def step() -> None:
-        with precision.autocast(device):
-            loss = model(ids_BL, targets=ids_BL.roll(-1, 1), draw=Draw(0, 0)).loss
-        assert loss is not None
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def thoughts(options: argparse.Namespace, report: Report) -> None:
-    deadline = time.monotonic() + options.seconds
-    compiled = [False, True] if options.compile else [False]
-    cases = [
-        {"size": size, "precision": precision, "checkpointing": kind, "compiled": one, "thoughts": count}
-        for size in options.sizes
-        for precision in options.precisions
-        for kind in options.checkpointing
-        for one in compiled
-        for count in options.thoughts
-    ]
-    for number, case in enumerate(cases):
-        if time.monotonic() > deadline:
-            say(f"{len(cases) - number} cases left out after {options.seconds} s: raise --seconds")
-            return
-        with report.case(**case, length=options.length) as found:
-            found |= fitted(case, options)
+def profile(options: argparse.Namespace, size: str) -> Cases:
+    first = options.thoughts[0], options.precisions[0], options.checkpointing[0]
+    labels = labels_of(options, size, *first, compiled=options.compile)
+    yield labels, functools.partial(profiled, labels=labels, options=options)
 
 
-def fitted(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """With the largest micro-batch, halved from --micro-batch on, that fits."""
-    device = options.device
-    recipe = recipe_of(
-        case["size"],
-        case["thoughts"],
-        device=device,
-        precision=case["precision"],
-        checkpointing=case["checkpointing"],
-    )
-    asked = argparse.Namespace(**{**vars(options), "compiled": case["compiled"]})
-    micro_batch = options.micro_batch
-    while True:
-        torch.compiler.reset()
-        try:
-            return measure(recipe, device, length=options.length, micro_batch=micro_batch, options=asked)
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
-                raise
-            micro_batch //= 2
-        free()  # outside of the handler, whose traceback holds the tensors
-
-
-def profile(options: argparse.Namespace, report: Report) -> None:
+def profiled(found: dict[str, Any], *, labels: dict[str, Any], options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
 
-    device, folder = options.device, Path(os.environ.get("OUT", options.out))
-    cuda = device.type == "cuda"
+    device, cuda = options.device, options.device.type == "cuda"
+    step, rows = ready(labels, options, options.profile_batch)
+    ids_BL = some_ids(step.model, rows, options.length)
+    step(ids_BL)
+    synchronize(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    for size in options.sizes:
-        for count in options.thoughts:
-            for precision in options.precisions:
-                with report.case(size=size, thoughts=count, precision=precision) as found:
-                    recipe = recipe_of(
-                        size,
-                        count,
-                        device=device,
-                        precision=precision,
-                        checkpointing=options.checkpointing[0],
-                    )
-                    step = training_step(
-                        recipe,
-                        device,
-                        length=options.length,
-                        micro_batch=options.profile_batch,
-                        compiled=options.compile,
-                    )
-                    step()
-                    synchronize(device)
-                    with torch.profiler.profile(activities=activities) as profiler:
-                        for _ in range(3):
-                            step()
-                        synchronize(device)
-                    name = f"profile_{size}_K{count}_{precision}"
-                    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-                    table = profiler.key_averages().table(sort_by=order, row_limit=40)
-                    (options.out / f"{name}.txt").write_text(table, encoding="utf-8")
-                    folder.mkdir(parents=True, exist_ok=True)
-                    profiler.export_chrome_trace(str(folder / f"{name}.json"))
-                    found["table"], found["trace"] = f"{name}.txt", f"{name}.json"
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            step(ids_BL)
+        synchronize(device)
+    name = f"profile_{labels['size']}_K{labels['thoughts']}_{labels['precision']}"
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=40)
+    (options.out / f"{name}.txt").write_text(table, encoding="utf-8")
+    profiler.export_chrome_trace(str(options.out / f"{name}.json.gz"))
+    found |= {"micro_batch": rows, "table": f"{name}.txt", "trace": f"{name}.json.gz"}
 
 
-def decode(options: argparse.Namespace, report: Report) -> None:
-    device, prompt, new = options.device, *((8, 8) if options.tiny else (128, 64))
-    for size in options.sizes:
-        for count in options.thoughts:
-            for rows in options.batches:
-                with report.case(size=size, thoughts=count, batch=rows, prompt=prompt, new=new) as found:
-                    recipe = recipe_of(size, count, device=device)
-                    model = build(recipe, device, drawn=False).eval()
-                    ids_BL = some_ids(model, rows, prompt)
-                    with recipe.component("precision").autocast(device), torch.no_grad():
-                        found |= decoding(model, ids_BL, new, options.repetitions)
+def decode(options: argparse.Namespace, size: str) -> Cases:
+    prompt, new = (8, 8) if options.tiny else (128, 64)
+    for count in options.thoughts:
+        for rows in options.batches:
+            labels = {"size": size, "thoughts": count, "batch": rows, "prompt": prompt, "new": new}
+            yield labels, functools.partial(decoding, labels=labels, options=options)
 
 
-def decoding(model: lattice.LanguageModel, ids_BL: Tensor, new: int, repetitions: int) -> dict[str, Any]:
+def decoding(found: dict[str, Any], *, labels: dict[str, Any], options: argparse.Namespace) -> None:
     """The first new token is the prompt's, its thoughts found in parallel; the others are timed."""
+    rows, new = labels["batch"], labels["new"]
+    recipe = recipe_of(labels["size"], labels["thoughts"], device=options.device)
+    model = build(recipe, options.device, drawn=False).eval()
+    ids_BL = some_ids(model, rows, labels["prompt"])
     generate = functools.partial(lattice.generate, model, ids_BL, parallel_prefill=True)
-    generate(max_new_tokens=2)
-    synchronize(ids_BL.device)
-    seconds: dict[int, list[float]] = {1: [], 1 + new: []}
-    for _ in range(repetitions):
-        for count, taken in seconds.items():
-            taken.append(timed(functools.partial(generate, max_new_tokens=count), ids_BL.device))
-    first, whole = (statistics.median(taken) for taken in seconds.values())
-    return {
-        "tokens_per_second": round(len(ids_BL) * new / (whole - first), 1),
-        "prefill_ms": round(1e3 * first, 2),
-        "whole_ms": [
-            round(1e3 * value, 2) for value in (min(seconds[1 + new]), whole, max(seconds[1 + new]))
-        ],
+    with recipe.component("precision").autocast(options.device), torch.no_grad():
+        generate(max_new_tokens=2)
+        synchronize(options.device)
+        first, whole = (
+            repeated(functools.partial(generate, max_new_tokens=count), options) for count in (1, 1 + new)
+        )
+    prefill, median = statistics.median(first), statistics.median(whole)
+    found |= {
+        "tokens_per_second": round(rows * new / (median - prefill), 1),
+        "prefill_ms": round(1e3 * prefill, 2),
+        "whole_ms": [round(1e3 * one, 2) for one in (min(whole), median, max(whole))],
+        "repetitions": len(whole),
     }

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py, as far as a machine without a GPU can try it."""
 
+import gzip
 import importlib
 import json
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_parity(script, tmp_path, monkeypatch):
 def test_a_failed_case_is_a_line_and_the_exit_status(script, tmp_path, monkeypatch):
     parts = importlib.import_module("gpu_parity")
     for name in ("attention", "formats"):
-        monkeypatch.setattr(parts, name, lambda options, report: None)
+        monkeypatch.setattr(parts, name, lambda options: ())
     monkeypatch.setattr(parts, "within", lambda found, limits, **values: 1 / 0)
     assert script.main(["parity", *TINY, "--out", str(tmp_path)]) == 1
     rows = lines(tmp_path, "parity")
@@ -59,26 +60,127 @@ def test_thoughts(script, tmp_path):
         assert row["mfu"] is None  # of a machine whose peak is not known
 
 
-def test_a_batch_that_does_not_fit_is_halved(script, monkeypatch):
+def labels_of(script, *arguments):
+    """Of all cases of a call, by part, in order."""
+    options = script.parsed(["--device", "cpu", *arguments])
+    listed = [(part, labels) for part, cases in script.parts(options) for labels, _ in cases]
+    return [one for one in listed if options.part in ("all", one[0])]
+
+
+def test_the_most_important_cases_come_first_and_none_twice(script):
+    cases = labels_of(script)
+    assert [part for part, _ in cases[:5]] == ["goal"] * 4 + ["thoughts"]
+    goal = {"size": "1.4b", "thoughts": 1, "checkpointing": "none", "length": 2048}
+    ways = [(False, "bf16"), (False, "float8"), (True, "bf16"), (True, "float8")]
+    assert [labels for _, labels in cases[:4]] == [
+        {**goal, "precision": precision, "compiled": compiled} for compiled, precision in ways
+    ]
+    order = [(part, labels.get("size")) for part, labels in cases]
+    sizes = ("1.4b", "410m", "160m")
+    assert list(dict.fromkeys(order)) == [
+        ("goal", "1.4b"),
+        *((part, size) for size in sizes for part in ("thoughts", "decode")),
+        ("parity", None),
+        *(("profile", size) for size in sizes),
+    ]
+    steps = [labels for part, labels in cases if part in ("goal", "thoughts")]
+    assert all(labels not in steps[:at] for at, labels in enumerate(steps))
+    assert [part for part, _ in cases].count("profile") == len(sizes)
+    alone = [labels for _, labels in labels_of(script, "thoughts", "--sizes", "1.4b")]
+    assert len(alone) == 16
+    assert all(labels in alone for labels in [labels for _, labels in cases[:2]])
+
+
+@pytest.mark.parametrize("part", ["all", "thoughts", "decode", "parity", "profile"])
+def test_no_case_begins_after_the_time(script, part, tmp_path, capsys):
+    assert script.main([part, *TINY, "--seconds", "0", "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir())
+    left = len(labels_of(script, part, "--sizes", "tiny"))
+    assert f"{left} cases left out after 0.0 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("first", "each", "second_fits", "rows"),
+    [
+        (18.8 + 17.1, 17.1, True, 3),  # 53 of 75 with two
+        (60, 44, False, 1),
+        (60, 20, True, 1),  # it has fitted into what is held back
+        (20, 0, True, 8),
+        (20, 5, True, 8),
+        (20, 5.5, True, 8),
+        (20, 10, True, 6),
+    ],
+)
+def test_a_micro_batch_is_what_fits(script, first, each, second_fits, rows):
     speed = importlib.import_module("gpu_speed")
     tried = []
 
-    def measure(recipe, device, *, length, micro_batch, options):
-        tried.append(micro_batch)
-        if micro_batch > fits:
+    def probe(count):
+        tried.append(count)
+        if count == 2 and not second_fits:
             raise torch.OutOfMemoryError("too large")
-        return {"micro_batch": micro_batch}
+        return first + (count - 1) * each, 0.1 * count
 
-    monkeypatch.setattr(speed, "measure", measure)
+    assert speed.rows_that_fit(probe, most=8, room=75, seconds=2) == rows
+    assert tried == [1, 2]
+    assert speed.rows_that_fit(probe, most=8, room=75, seconds=0.55) == min(rows, 5)
+    assert speed.rows_that_fit(probe, most=8, room=75, seconds=0.01) == 1
+
+
+def test_what_does_not_fit_at_all_is_an_error(script):
+    speed = importlib.import_module("gpu_speed")
+
+    def probe(count):
+        raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        speed.rows_that_fit(probe, most=8, room=75, seconds=2)
+
+
+def test_a_batch_that_does_not_fit_after_all_is_made_smaller(script, monkeypatch):
+    speed = importlib.import_module("gpu_speed")
+    tried = []
+
+    def measured(step, rows, options):
+        tried.append(rows)
+        if rows > fits:
+            raise torch.OutOfMemoryError("too large")
+        return {}
+
+    monkeypatch.setattr(speed, "ready", lambda labels, options, most: (None, most))
+    monkeypatch.setattr(speed, "speed", measured)
     options = script.parsed(["thoughts", *TINY])
-    options.micro_batch = 8
-    case = {"size": "tiny", "thoughts": 1, "precision": "bf16", "checkpointing": "none", "compiled": False}
-    fits = 2
-    assert speed.fitted(case, options) == {"micro_batch": 2}
-    assert tried == [8, 4, 2]
+    options.micro_batch, fits, found = 8, 2, {}
+    speed.measure(found, labels={}, options=options)
+    assert tried == [8, 6, 4, 3, 2]
+    assert found["micro_batch"] == 2
     fits = 0
     with pytest.raises(torch.OutOfMemoryError):
-        speed.fitted(case, options)
+        speed.measure(found, labels={}, options=options)
+    assert tried[-1] == 1
+
+
+def test_slow_steps_are_repeated_less_often(script):
+    speed = importlib.import_module("gpu_speed")
+    options = script.parsed(["goal", *TINY, "--case-seconds", "0"])
+    options.repetitions = 10
+    assert len(speed.repeated(lambda: None, options)) == 2
+    options.case_seconds = 1e6
+    assert len(speed.repeated(lambda: None, options)) == 10
+
+
+def test_decode_and_profile(script, tmp_path):
+    asked = ["--thoughts", "1", "--batches", "2", "--precisions", "fp32", "--out", str(tmp_path)]
+    assert script.main(["decode", *TINY, *asked]) == 0
+    (row,) = lines(tmp_path, "decode")
+    assert row["ok"]
+    assert row["repetitions"] == 2
+    assert script.main(["profile", *TINY, *asked]) == 0
+    (row,) = lines(tmp_path, "profile")
+    assert row["ok"]
+    assert "aten::mm" in (tmp_path / row["table"]).read_text()
+    with gzip.open(tmp_path / row["trace"]) as file:
+        assert json.load(file)["traceEvents"]
 
 
 def test_speed_does_not_wait_for_weights_drawn_on_the_cpu(script, monkeypatch, tmp_path):
