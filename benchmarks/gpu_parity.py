@@ -34,25 +34,31 @@ def parity(options: argparse.Namespace) -> Cases:
     yield from formats(options)
 
 
+GOLDEN = ROOT / "tests" / "parity" / "test_golden.py"
+
+
 def golden(options: argparse.Namespace) -> Cases:
-    """The method's reference implementation, read as tests/parity/test_golden.py reads it."""
-    path = ROOT / "tests" / "parity" / "test_golden.py"
-    spec = importlib.util.spec_from_file_location("lattice_golden_cases", path)
+    for name in golden_reader().CASES[:: 8 if options.tiny else 1]:
+        yield {"case": "golden", "name": name}, functools.partial(_golden, name=name, device=options.device)
+
+
+def golden_reader() -> Any:
+    """tests/parity/test_golden.py, which reads the numbers of the method's reference implementation."""
+    spec = importlib.util.spec_from_file_location("lattice_golden_cases", GOLDEN)
     assert spec is not None
     assert spec.loader is not None
     reader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reader)
-    imports = {"imports": [str(path.with_name("layer_mixture.py"))]}
+    return reader
 
-    def compared(found: dict[str, Any], name: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            manifest, tensors = reader.load_case(name)
-            source = reader.hf_folder(Path(folder), manifest["arch"], manifest["config"])
-            model = lattice.from_pretrained(source, reader.recurrence_of(manifest), overrides=imports)
-            _golden_case(found, model.to(options.device), manifest, tensors)
 
-    for name in reader.CASES[:: 8 if options.tiny else 1]:
-        yield {"case": "golden", "name": name}, functools.partial(compared, name=name)
+def _golden(found: dict[str, Any], *, name: str, device: torch.device) -> None:
+    reader, imports = golden_reader(), {"imports": [str(GOLDEN.with_name("layer_mixture.py"))]}
+    manifest, tensors = reader.load_case(name)
+    with tempfile.TemporaryDirectory() as folder:
+        source = reader.hf_folder(Path(folder), manifest["arch"], manifest["config"])
+        model = lattice.from_pretrained(source, reader.recurrence_of(manifest), overrides=imports)
+        _golden_case(found, model.to(device), manifest, tensors)
 
 
 def _golden_case(
@@ -72,11 +78,13 @@ def _golden_case(
         abs(float(model.decoder.get_parameter(name).grad.norm()) / norm - 1)  # type: ignore[union-attr]
         for name, norm in norms.items()
     ]
+    # A GPU adds in another order. An addition in float32 rounds by up to 6e-8 of the sum, and the errors of n
+    # of them come to about the root of n as much: 1e-5 allows for tens of thousands.
     within(
         found,
-        {"logits": 1e-5, "loss": 1e-6, "gradient_norms": 1e-5},
+        {"logits": 1e-5, "loss": 1e-5, "gradient_norms": 1e-5},
         logits=float((logits_BLV.detach()[real_BL] - tensors["logits"][real_BL]).abs().max()),
-        loss=abs(loss.item() - manifest["loss"]),
+        loss=abs(loss.item() / manifest["loss"] - 1),
         gradient_norms=max(errors),
     )
 

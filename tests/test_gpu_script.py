@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lattice
 from lattice.decoder import Decoder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -46,6 +47,22 @@ def test_a_failed_case_is_a_line_and_the_exit_status(script, tmp_path, monkeypat
     assert len(rows) > 1
     assert not any(row["ok"] for row in rows)
     assert {row["error"] for row in rows} == {"ZeroDivisionError: division by zero"}
+
+
+@pytest.mark.filterwarnings("ignore:.*multiplies the embeddings by:UserWarning")
+def test_a_loss_added_in_another_order_passes_and_another_loss_does_not(script, tmp_path):
+    parts = importlib.import_module("gpu_parity")
+    reader = parts.golden_reader()
+    manifest, tensors = reader.load_case("gpt_neox/vanilla")
+    source = reader.hf_folder(tmp_path, manifest["arch"], manifest["config"])
+    model = lattice.from_pretrained(source, {"kind": "none"})
+    found = {}
+    parts._golden_case(found, model, {**manifest, "loss": manifest["loss"] * (1 + 2e-6)}, tensors)
+    assert found["loss"] == pytest.approx(2e-6, abs=5e-7)
+    model.zero_grad()
+    with pytest.raises(AssertionError, match=r"^loss above the limit"):
+        parts._golden_case(found, model, {**manifest, "loss": manifest["loss"] * (1 + 5e-5)}, tensors)
+    assert found["loss"] == pytest.approx(5e-5, abs=5e-7)
 
 
 def test_thoughts(script, tmp_path):
