@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,10 @@ from lattice.run_folder import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+WIDTH = 8.5
+"""Inches of a picture."""
 SMOOTHED = 50
 """Steps over which a training curve is averaged."""
 
@@ -37,14 +41,18 @@ def pyplot() -> Any:
 
 
 @contextmanager
-def _figure(width: float = 8.5, height: float = 4.5) -> Iterator[tuple[Axes, io.BytesIO]]:
-    """Axes to draw on, and where the PNG will be."""
+def _figure(height: float = 4.5, panels: int = 1) -> Iterator[tuple[list[Axes], io.BytesIO]]:
+    """Axes to draw on, one below the other and each of this height, and where the PNG will be."""
     plt, png = pyplot(), io.BytesIO()
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.grid(alpha=0.3)
-    yield axes, png
-    _name(axes)
-    figure.savefig(png, dpi=130, format="png")
+    figure, grid = plt.subplots(
+        panels, 1, figsize=(WIDTH, height * panels), layout="constrained", squeeze=False
+    )
+    for axes in grid[:, 0]:
+        axes.grid(alpha=0.3)
+    yield list(grid[:, 0]), png
+    _name(figure)
+    # Grows by the legend, however many it names: the axes keep their size.
+    figure.savefig(png, dpi=130, format="png", bbox_inches="tight")
     plt.close(figure)
 
 
@@ -96,7 +104,7 @@ def _curves(
     label: str,
     scale: Callable[[Group], float],
 ) -> bytes:
-    with _figure(height=5.5) as (axes, png):
+    with _figure(5.5) as ([axes], png):
         for index, group in enumerate(groups):
             curves = [dict(zip(*run.curve(f"{evaluator}/loss"), strict=True)) for run in group.runs]
             tokens = sorted(set.intersection(*map(set, curves)))  # where all seeds were evaluated
@@ -111,7 +119,7 @@ def _curves(
 
 
 def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callable[[Group], float]) -> bytes:
-    with _figure() as (axes, png):
+    with _figure() as ([axes], png):
         for index, group in enumerate(groups):
             loss: Spread = group.of(f"{evaluator}_loss")
             below, above = loss.mean - loss.low, loss.high - loss.mean
@@ -133,7 +141,7 @@ def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callabl
 
 
 def _residuals(groups: Sequence[Group]) -> bytes:
-    with _figure() as (axes, png):
+    with _figure() as ([axes], png):
         for index, group in enumerate(groups):
             rows = [
                 row["residuals"]
@@ -151,10 +159,10 @@ def _residuals(groups: Sequence[Group]) -> bytes:
 
 
 def _style(index: int, *, marked: bool = True) -> dict[str, Any]:
-    """Ten colours, then the same ones dashed; eight markers."""
+    """Ten colours, then the same ones with another kind of line, of which there are four; eight markers."""
     return {
         "color": f"C{index % 10}",
-        "linestyle": "-" if index < 10 else "--",
+        "linestyle": ("-", "--", ":", "-.")[index // 10 % 4],
         "marker": "osD^vPX*"[index % 8] if marked else "",
         "markersize": 5,
     }
@@ -166,16 +174,30 @@ def _label(name: str) -> str:
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _name(axes: Axes) -> None:
-    """A legend beside the axes, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+def _name(figure: Figure) -> None:
+    """One legend of all panels below them, in as many columns as there is room for."""
+    named = {
+        label: line
+        for axes in figure.axes
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        columns = max(1, int(WIDTH / (0.6 + 0.065 * max(map(len, named)))))  # inches: a line and its label
+        figure.legend(
+            named.values(),
+            named.keys(),
+            ncols=columns,
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+        )
 
 
-def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
+def curves(folders: Sequence[Path], keys: Sequence[str] | None = None) -> bytes:
     """Metrics of any runs, finished or not, against training tokens, one panel for each key; `loss` and every
     evaluator's loss if no keys are given. Raises ValueError for a key that no run has."""
-    rows = {folder: read_metrics(folder / METRICS) for folder in folders}
+    runs = zip(_apart(folders), folders, strict=True)
+    rows = {name: read_metrics(folder / METRICS) for name, folder in runs}
     known = {key for lines in rows.values() for row in lines for key, value in row.items() if _number(value)}
     wanted = keys or sorted(key for key in known if key == "loss" or key.endswith("/loss"))
     for key in wanted:
@@ -185,25 +207,25 @@ def curves(folders: Iterable[Path], keys: Sequence[str] | None = None) -> bytes:
             raise ValueError(f"no run has the metric '{key}'. Known: {', '.join(sorted(known))}")
     if not wanted:
         raise ValueError("no run has a loss yet: there is nothing to draw")
-    plt, png = pyplot(), io.BytesIO()
-    figure, panels = plt.subplots(
-        len(wanted), 1, figsize=(8.5, 3.2 * len(wanted)), layout="constrained", squeeze=False
-    )
-    for key, axes in zip(wanted, panels[:, 0], strict=True):
-        seldom = "/" in key  # an evaluator's, not each step's
-        for index, (folder, lines) in enumerate(rows.items()):
-            points = [(row["tokens"], row[key]) for row in lines if key in row]
-            if points:
-                tokens, values = zip(*points, strict=True)
-                shown = np.array(values) if seldom else _smoothed(np.array(values))
-                axes.plot(tokens, shown, label=_label(str(folder)), **_style(index, marked=seldom))
-        label = key if seldom else f"{key}, mean of {SMOOTHED} steps"
-        axes.set(xlabel="training tokens", ylabel=label)
-        axes.grid(alpha=0.3)
-        _name(axes)
-    figure.savefig(png, dpi=130, format="png")
-    plt.close(figure)
+    with _figure(3.2, len(wanted)) as (panels, png):
+        for key, axes in zip(wanted, panels, strict=True):
+            seldom = "/" in key  # an evaluator's, not each step's
+            for index, (name, lines) in enumerate(rows.items()):
+                points = [(row["tokens"], row[key]) for row in lines if key in row]
+                if points:
+                    tokens, values = zip(*points, strict=True)
+                    shown = np.array(values) if seldom else _smoothed(np.array(values))
+                    axes.plot(tokens, shown, label=_label(name), **_style(index, marked=seldom))
+            label = key if seldom else f"{key}, mean of {SMOOTHED} steps"
+            axes.set(xlabel="training tokens", ylabel=label)
     return png.getvalue()
+
+
+def _apart(folders: Sequence[Path]) -> list[str]:
+    """What tells directories from each other: their paths without the beginning that all share."""
+    absolute = [folder.absolute() for folder in folders]
+    shared = os.path.commonpath([folder.parent for folder in absolute]) if absolute else ""
+    return [str(folder.relative_to(shared)) for folder in absolute]
 
 
 def _number(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Studies: arms at equal cost, their runs, and what is said of them."""
 
+import io
 import json
 import math
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
 from lattice.compare_report import _differences, report
@@ -430,6 +433,22 @@ def drawn(monkeypatch):
     return lines
 
 
+def legends_of(monkeypatch):
+    """The legends of figures: a list that fills."""
+    legends, legend = [], Figure.legend
+
+    def noting(figure, *arguments, **options):
+        legends.append(legend(figure, *arguments, **options))
+        return legends[-1]
+
+    monkeypatch.setattr(Figure, "legend", noting)
+    return legends
+
+
+def names_in(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_curves_are_averaged_where_all_seeds_were_evaluated(tmp_path, monkeypatch):
     losses = [{128: 4.0, 256: 3.0, 512: 1.0}, {256: 5.0, 384: 9.0, 512: 2.0}]
     for seed, curve in enumerate(losses):
@@ -449,17 +468,37 @@ def test_a_metric_that_is_not_finite_leaves_the_others(tmp_path, monkeypatch):
         {"step": at, "tokens": at, "loss": loss} for at, loss in enumerate([math.inf, 2.0, math.nan, 4.0])
     ]
     (tmp_path / "_run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines, legends, legend = drawn(monkeypatch), [], Axes.legend
-
-    def noting(axes, **options):
-        legends.append([text.get_text() for text in legend(axes, **options).get_texts()])
-
-    monkeypatch.setattr(Axes, "legend", noting)
+    lines, legends = drawn(monkeypatch), legends_of(monkeypatch)
     curves([Path("_run")])
     ((_, means, _),) = lines
     assert math.isnan(means[0])
     assert list(means[1:]) == [2.0, 2.0, 3.0]
-    assert legends == [[" _run"]]  # matplotlib leaves out what begins with _
+    assert [names_in(legend) for legend in legends] == [[" _run"]]  # matplotlib leaves out what begins with _
+
+
+@pytest.mark.filterwarnings("error")  # of axes that are left no room
+def test_a_plot_of_many_runs_names_them_all_and_leaves_the_curves_their_room(tmp_path, monkeypatch):
+    rows = [{"step": at, "tokens": at, "loss": 2.0, "validation/loss": 2.0} for at in range(3)]
+    folders = [tmp_path / ("of a long name " * 9) / f"arm_{index}/seed0" for index in range(40)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    legends = legends_of(monkeypatch)
+    for few in (folders, folders[:1]):
+        png = curves(few, ["loss", "validation/loss"])
+        legend = legends.pop()
+        figure = legend.figure
+        assert names_in(legend) == (
+            [f"arm_{index}/seed0" for index in range(40)] if few == folders else ["seed0"]
+        )
+        assert all(axes.get_position().width > 0.8 for axes in figure.axes)
+        drawn_height, drawn_width, _ = plt.imread(io.BytesIO(png)).shape
+        assert drawn_height > 130 * (figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+        assert drawn_width < 130 * 1.05 * figure.get_figwidth()
+        training, _ = figure.axes
+        styles = {(line.get_color(), line.get_linestyle()) for line in training.lines}
+        assert len(styles) == len(few)  # though these have no markers
+    assert not legends  # one for both panels
 
 
 def test_what_an_arm_lacks_of_the_base_is_said():
