@@ -111,6 +111,19 @@ class Group:
         """Of a training step: the median of each run."""
         return Spread.of([statistics.median(run.curve("tokens_per_second")[1]) for run in self.runs])
 
+    @cached_property
+    def residuals(self) -> list[float]:
+        """Relative change of the thoughts at each iteration: mean over the last tenth of training and the
+        seeds, of the steps that went so far. None where there are no iterations."""
+        rows = [
+            row["residuals"]
+            for run in self.runs
+            for row in run.metrics
+            if "residuals" in row and row["step"] > 0.9 * self.recipe.run.steps
+        ]
+        longest = max(map(len, rows), default=0)
+        return [statistics.mean(row[at] for row in rows if len(row) > at) for at in range(longest)]
+
     def row(self, evaluators: Iterable[str]) -> dict[str, Any]:
         """All figures, for json."""
         figures: dict[str, Any] = {"arm": self.name, "seeds": [run.recipe.run.seed for run in self.runs]}
@@ -123,6 +136,7 @@ class Group:
         return {
             **figures,
             "thoughts": self.thoughts,
+            "residuals": self.residuals,
             "parameters": self.costs.parameters,
             "layer_parameters": self.costs.layer_parameters,
             "tokens": self.tokens,

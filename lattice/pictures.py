@@ -90,7 +90,7 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
                 counted, evaluator, "thoughts before each token", lambda group: float(group.thoughts or 0)
             ),
         )
-    if any("residuals" in row for group in groups for row in group.runs[0].metrics):
+    if any(group.residuals for group in groups):
         drawn["residuals"] = (
             "Relative change of the thoughts at each iteration, over the last tenth of training.",
             _residuals(groups),
@@ -143,16 +143,9 @@ def _against(groups: Sequence[Group], evaluator: str, label: str, place: Callabl
 def _residuals(groups: Sequence[Group]) -> bytes:
     with _figure() as ([axes], png):
         for index, group in enumerate(groups):
-            rows = [
-                row["residuals"]
-                for run in group.runs
-                for row in run.metrics
-                if "residuals" in row and row["step"] > 0.9 * group.recipe.run.steps
-            ]
-            longest = max(map(len, rows), default=0)
-            means = [np.mean([row[at] for row in rows if len(row) > at]) for at in range(longest)]
+            means = group.residuals
             if means:
-                axes.plot(range(1, longest + 1), means, label=_label(group.name), **_style(index))
+                axes.plot(range(1, len(means) + 1), means, label=_label(group.name), **_style(index))
         axes.set(xlabel="iteration", ylabel="relative change of the thoughts", yscale="log")
         axes.locator_params("x", integer=True)
     return png.getvalue()

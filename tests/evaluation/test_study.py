@@ -433,6 +433,25 @@ def drawn(monkeypatch):
     return lines
 
 
+def test_the_residuals_that_are_drawn_are_kept(tmp_path, monkeypatch):
+    """As a mean over the last tenth of all seeds, of the steps that iterated so often."""
+    for seed, residuals in enumerate([{90: [9.0], 91: [1.0], 100: [3.0, 0.5]}, {96: [5.0]}]):
+        run = train(tmp_path / f"seed{seed}", run={**RECIPE["run"], "seed": seed})
+        recipe = run / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace("steps = 4", "steps = 100"))
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"steps": 100}))
+        with (run / "metrics.jsonl").open("a") as metrics:
+            for step, values in residuals.items():
+                metrics.write(json.dumps({"step": step, "tokens": 1, "residuals": values}) + "\n")
+    lines = drawn(monkeypatch)
+    assert command("compare", ".", "--out", "out") == 0
+    (row,) = json.loads(Path("out/comparison.json").read_text())
+    assert row["residuals"] == [3.0, 0.5]
+    iterations, means, _ = lines[-1]
+    assert (list(iterations), list(means)) == ([1, 2], row["residuals"])
+
+
 def legends_of(monkeypatch):
     """The legends of figures: a list that fills."""
     legends, legend = [], Figure.legend
