@@ -298,7 +298,7 @@ def sweep(study: Path, *, out: Path | None = None, jobs: int = 1, set_: Set = No
     show_failures(outcome)
     if outcome.folders:
         runs, _ = find_runs(outcome.folders, trust_imports=True)
-        report(runs, folder, title=study.stem, notes=notes)
+        report(runs, folder, title=study.stem, notes=notes, first_is_base=True)
     if outcome.failed:
         sys.exit(1)
 

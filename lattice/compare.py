@@ -204,6 +204,18 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
+def base_of(groups: Sequence[Group]) -> Group:
+    """The arm that differs least from all others together; of several such the one that is trained with the
+    fewest operations."""
+    options = [trained_as(group.recipe) for group in groups]
+
+    def away(index: int) -> tuple[int, float]:
+        differences = sum(len(differing(options[index], other)) for other in options)
+        return differences, groups[index].training_operations
+
+    return groups[min(range(len(groups)), key=away)]
+
+
 def families_of(groups: Iterable[Group]) -> list[list[Group]]:
     """Arms that differ in their number of thoughts alone, by that number. One without thoughts begins every
     family that is trained as it is: how it would think changes nothing."""

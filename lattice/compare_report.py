@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lattice import __version__, atomic, pictures
-from lattice.compare import LOSS, Group, Run, Spread, check_comparable, evaluators_of, groups_of
+from lattice.compare import LOSS, Group, Run, Spread, base_of, check_comparable, evaluators_of, groups_of
 from lattice.console import say, table
 from lattice.recipe import Recipe
 from lattice.run_folder import leaves
@@ -25,9 +25,11 @@ def report(
     title: str = "comparison",
     evaluator: str | None = None,
     notes: Mapping[str, str] | None = None,
+    first_is_base: bool = False,
 ) -> list[dict[str, Any]]:
     """Shows finished runs as one table of arms and returns its figures; with `out` also writes
-    comparison.json, the pictures and report.html there. `notes` are remarks on arms, by name.
+    comparison.json, the pictures and report.html there. `notes` are remarks on arms, by name. The others are
+    said to change something of the arm that differs least from all, or of the first.
 
     Raises ValueError where the runs do not compare.
     """
@@ -36,11 +38,12 @@ def report(
     check_comparable(runs)
     evaluators = evaluators_of(runs, evaluator)
     groups = groups_of(runs)
+    base = groups[0] if first_is_base else base_of(groups)
     for shown, (columns, *rows) in _tables(groups, evaluators).items():
         table(f"{title}: {shown}", columns, rows)
     figures = [group.row(evaluators) for group in groups]
     if out is not None:
-        _write(out, title, groups, evaluators, figures, notes or {})
+        _write(out, title, groups, base, evaluators, figures, notes or {})
     return figures
 
 
@@ -79,6 +82,7 @@ def _write(
     out: Path,
     title: str,
     groups: Sequence[Group],
+    base: Group,
     evaluators: Sequence[str],
     figures: list[dict[str, Any]],
     notes: Mapping[str, str],
@@ -93,7 +97,7 @@ def _write(
     for name, (_, png) in drawn.items():
         atomic.write_file(out / f"{name}.png", png)
         written.append(out / f"{name}.png")
-    page = _page(title, groups, evaluators, drawn, notes)
+    page = _page(title, groups, base, evaluators, drawn, notes)
     atomic.write_file(out / "report.html", page.encode())
     say("wrote " + ", ".join(str(path) for path in [*written, out / "report.html"]))
 
@@ -101,6 +105,7 @@ def _write(
 def _page(
     title: str,
     groups: Sequence[Group],
+    base: Group,
     evaluators: Sequence[str],
     drawn: Mapping[str, tuple[str, bytes]],
     notes: Mapping[str, str],
@@ -112,10 +117,8 @@ def _page(
         version=__version__,
         tables=_tables(groups, evaluators),
         pictures=[(caption, base64.b64encode(png).decode()) for caption, png in drawn.values()],
-        arms=[
-            (group, _differences(groups[0].recipe, group.recipe), notes.get(group.name)) for group in groups
-        ],
-        base=groups[0],
+        arms=[(group, _differences(base.recipe, group.recipe), notes.get(group.name)) for group in groups],
+        base=base,
         hardware=sorted({run.summary["provenance"]["hardware"] for group in groups for run in group.runs}),
     )
 

@@ -520,6 +520,17 @@ def test_a_plot_of_many_runs_names_them_all_and_leaves_the_curves_their_room(tmp
     assert not legends  # one for both panels
 
 
+def test_the_base_differs_least_from_all_and_costs_least_or_is_the_first_of_a_study(tmp_path):
+    wide = {"backbone": {"intermediate_size": 64}}
+    path = write(tmp_path, {"deep": {"backbone": {"num_hidden_layers": 4}}, "plain": {}, "wide": wide})
+    assert command("sweep", path, "--out", "out") == 0
+    assert "What each changes of <code>deep</code>" in Path("out/report.html").read_text()
+    assert command("compare", "out", "--out", "whole") == 0
+    assert "What each changes of <code>plain</code>" in Path("whole/report.html").read_text()
+    assert command("compare", "out/deep", "out/plain", "--out", "two") == 0
+    assert "What each changes of <code>plain</code>" in Path("two/report.html").read_text()
+
+
 def test_what_an_arm_lacks_of_the_base_is_said():
     books = {"books": {"kind": "documents", "max_documents": 3}}
     base = load_recipe({**RECIPE, "evaluators": RECIPE["evaluators"] | books, "recurrence": THINKING})
