@@ -124,10 +124,24 @@ class Group:
         longest = max(map(len, rows), default=0)
         return [statistics.mean(row[at] for row in rows if len(row) > at) for at in range(longest)]
 
-    def row(self, evaluators: Iterable[str]) -> dict[str, Any]:
+    def against(self, base: Group, key: str) -> list[float | None]:
+        """A figure of each run's summary less that of the base's run of the same seed; None where it has no
+        such run."""
+        there = {run.recipe.run.seed: run.summary[key] for run in base.runs}
+        return [
+            run.summary[key] - there[run.recipe.run.seed] if run.recipe.run.seed in there else None
+            for run in self.runs
+        ]
+
+    def row(self, evaluators: Iterable[str], base: Group) -> dict[str, Any]:
         """All figures, for json."""
-        figures: dict[str, Any] = {"arm": self.name, "seeds": [run.recipe.run.seed for run in self.runs]}
+        figures: dict[str, Any] = {
+            "arm": self.name,
+            "base": base.name,
+            "seeds": [run.recipe.run.seed for run in self.runs],
+        }
         for evaluator in evaluators:
+            figures[f"{evaluator}{LOSS}_against_base"] = self.against(base, f"{evaluator}{LOSS}")
             for key in (f"{evaluator}{LOSS}", f"{evaluator}_bits_per_byte"):
                 if all(key in run.summary for run in self.runs):
                     figures[key] = [run.summary[key] for run in self.runs]

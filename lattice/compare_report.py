@@ -28,8 +28,8 @@ def report(
     first_is_base: bool = False,
 ) -> list[dict[str, Any]]:
     """Shows finished runs as one table of arms and returns its figures; with `out` also writes
-    comparison.json, the pictures and report.html there. `notes` are remarks on arms, by name. The others are
-    said to change something of the arm that differs least from all, or of the first.
+    comparison.json, the pictures and report.html there. `notes` are remarks on arms, by name. The base,
+    against which the others are shown, is the arm that differs least from all, or the first.
 
     Raises ValueError where the runs do not compare.
     """
@@ -39,24 +39,26 @@ def report(
     evaluators = evaluators_of(runs, evaluator)
     groups = groups_of(runs)
     base = groups[0] if first_is_base else base_of(groups)
-    for shown, (columns, *rows) in _tables(groups, evaluators).items():
+    for shown, (columns, *rows) in _tables(groups, base, evaluators).items():
         table(f"{title}: {shown}", columns, rows)
-    figures = [group.row(evaluators) for group in groups]
+    figures = [group.row(evaluators, base) for group in groups]
     if out is not None:
         _write(out, title, groups, base, evaluators, figures, notes or {})
     return figures
 
 
-def _tables(groups: Sequence[Group], evaluators: Sequence[str]) -> dict[str, list[list[str]]]:
+def _tables(groups: Sequence[Group], base: Group, evaluators: Sequence[str]) -> dict[str, list[list[str]]]:
     """What was reached and what it cost: by title, the names of the columns and a row for each arm."""
     byte_key = f"{evaluators[0]}_bits_per_byte"
     with_bytes = all(byte_key in run.summary for group in groups for run in group.runs)
-    evaluated = [*evaluators, *(["bits/byte"] if with_bytes else [])]
+    first, *others = evaluators
+    evaluated = [first, f"against {base.name}", *others, *(["bits/byte"] if with_bytes else [])]
     losses = [["arm", "seeds", "tokens, M", "PFLOP", *evaluated]]
     costs = [["arm", "params, M", "in layers", "train MFLOP", "infer MFLOP", "tok/s", "MiB"]]
     for group in groups:
         ledger = group.costs
         reached = [_spread(group.of(f"{name}{LOSS}")) for name in evaluators]
+        reached.insert(1, "" if group is base else _by_seed(group.against(base, f"{first}{LOSS}")))
         reached += [f"{group.of(byte_key).mean:.4f}"] if with_bytes else []
         spent = [f"{group.tokens / 1e6:.3g}", f"{group.training_operations / 1e15:.3g}"]
         losses.append([group.name, str(len(group.runs)), *spent, *reached])
@@ -72,6 +74,10 @@ def _tables(groups: Sequence[Group], evaluators: Sequence[str]) -> dict[str, lis
             ]
         )
     return {"loss, nats a token, and what training took": losses, "cost, FLOPs a token": costs}
+
+
+def _by_seed(differences: Sequence[float | None]) -> str:
+    return ", ".join("none" if value is None else f"{value:+.4f}" for value in differences)
 
 
 def _spread(value: Spread) -> str:
@@ -115,7 +121,7 @@ def _page(
     return environment.from_string(template).render(
         title=title,
         version=__version__,
-        tables=_tables(groups, evaluators),
+        tables=_tables(groups, base, evaluators),
         pictures=[(caption, base64.b64encode(png).decode()) for caption, png in drawn.values()],
         arms=[(group, _differences(base.recipe, group.recipe), notes.get(group.name)) for group in groups],
         base=base,

@@ -531,6 +531,30 @@ def test_the_base_differs_least_from_all_and_costs_least_or_is_the_first_of_a_st
     assert "What each changes of <code>plain</code>" in Path("two/report.html").read_text()
 
 
+def test_losses_are_shown_against_the_bases_run_of_the_same_seed(tmp_path, capsys):
+    arms = {"plain": (0, 1), "wide": (1, 0), "deep": (0, 2)}
+    sizes = {"plain": {}, "wide": {"intermediate_size": 64}, "deep": {"num_hidden_layers": 3}}
+    losses = {}
+    for arm, seeds in arms.items():
+        for seed in seeds:
+            backbone, run = RECIPE["backbone"] | sizes[arm], RECIPE["run"] | {"seed": seed}
+            folder = train(tmp_path / "runs" / arm / f"seed{seed}", backbone=backbone, run=run)
+            losses[arm, seed] = json.loads((folder / "summary.json").read_text())["validation_loss"]
+    assert command("compare", "runs", "--out", "out") == 0
+    shown = capsys.readouterr().out
+    assert "against plain" in shown
+    wide = [losses["wide", seed] - losses["plain", seed] for seed in (0, 1)]
+    deep = losses["deep", 0] - losses["plain", 0]
+    page = Path("out/report.html").read_text()
+    for expected in (f"{wide[0]:+.4f}, {wide[1]:+.4f}", f"{deep:+.4f}, none"):
+        assert expected in shown
+        assert f"<td>{expected}</td>" in page
+    rows = {row["arm"]: row for row in json.loads(Path("out/comparison.json").read_text())}
+    assert {row["base"] for row in rows.values()} == {"plain"}
+    against = {arm: row["validation_loss_against_base"] for arm, row in rows.items()}
+    assert against == {"plain": [0.0, 0.0], "wide": wide, "deep": [deep, None]}
+
+
 def test_what_an_arm_lacks_of_the_base_is_said():
     books = {"books": {"kind": "documents", "max_documents": 3}}
     base = load_recipe({**RECIPE, "evaluators": RECIPE["evaluators"] | books, "recurrence": THINKING})
