@@ -17,6 +17,8 @@ from lattice.console import say, table
 from lattice.recipe import Recipe
 from lattice.run_folder import leaves
 
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
 
 def report(
     runs: Sequence[Run],
@@ -52,28 +54,58 @@ def _tables(groups: Sequence[Group], base: Group, evaluators: Sequence[str]) -> 
     byte_key = f"{evaluators[0]}_bits_per_byte"
     with_bytes = all(byte_key in run.summary for group in groups for run in group.runs)
     first, *others = evaluators
-    evaluated = [first, f"against {base.name}", *others, *(["bits/byte"] if with_bytes else [])]
-    losses = [["arm", "seeds", "tokens, M", "PFLOP", *evaluated]]
-    costs = [["arm", "params, M", "in layers", "train MFLOP", "infer MFLOP", "tok/s", "MiB"]]
-    for group in groups:
-        ledger = group.costs
-        reached = [_spread(group.of(f"{name}{LOSS}")) for name in evaluators]
-        reached.insert(1, "" if group is base else _by_seed(group.against(base, f"{first}{LOSS}")))
-        reached += [f"{group.of(byte_key).mean:.4f}"] if with_bytes else []
-        spent = [f"{group.tokens / 1e6:.3g}", f"{group.training_operations / 1e15:.3g}"]
-        losses.append([group.name, str(len(group.runs)), *spent, *reached])
-        costs.append(
-            [
-                group.name,
-                f"{ledger.parameters / 1e6:,.2f}",
-                f"{ledger.layer_parameters / 1e6:,.2f}",
-                f"{ledger.training_operations / 1e6:,.3g}",
-                f"{ledger.inference_operations / 1e6:,.3g}",
-                f"{group.tokens_per_second.mean:,.0f}",
-                f"{group.of('peak_memory_mib').mean:,.0f}",
-            ]
-        )
-    return {"loss, nats a token, and what training took": losses, "cost, FLOPs a token": costs}
+    arms = ["arm", *(group.name for group in groups)]
+    costs = [group.costs for group in groups]
+    against = [
+        _by_seed(group.against(base, f"{first}{LOSS}")) if group is not base else "" for group in groups
+    ]
+    losses = [
+        arms,
+        ["seeds", *(str(len(group.runs)) for group in groups)],
+        _scaled("tokens, {}", [group.tokens for group in groups]),
+        _scaled("{}FLOP", [group.training_operations for group in groups]),
+        _losses(groups, first),
+        [f"against {base.name}", *against],
+        *(_losses(groups, name) for name in others),
+    ]
+    if with_bytes:
+        losses.append(["bits/byte", *(f"{group.of(byte_key).mean:.4f}" for group in groups)])
+    spent = [
+        arms,
+        _scaled("params, {}", [cost.parameters for cost in costs]),
+        _scaled("in layers, {}", [cost.layer_parameters for cost in costs]),
+        _scaled("train {}FLOP", [cost.training_operations for cost in costs]),
+        _scaled("infer {}FLOP", [cost.inference_operations for cost in costs]),
+        ["tok/s", *(f"{group.tokens_per_second.mean:,.0f}" for group in groups)],
+        ["MiB", *(f"{group.of('peak_memory_mib').mean:,.0f}" for group in groups)],
+    ]
+    return {
+        "loss, nats a token, and what training took": _transposed(losses),
+        "cost, FLOPs a token": _transposed(spent),
+    }
+
+
+def _transposed(columns: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _losses(groups: Sequence[Group], evaluator: str) -> list[str]:
+    return [evaluator, *(_spread(group.of(f"{evaluator}{LOSS}")) for group in groups)]
+
+
+def _scaled(name: str, values: Sequence[float]) -> list[str]:
+    """A column of counts to three digits: its name with the prefix of its unit, the largest of which every
+    value is at least one, and the values in that unit."""
+    least = min(values)
+    power = max((power for power in range(len(PREFIXES)) if 1000**power <= least), default=0)
+    shown = (_three_digits(value / 1000**power) for value in values)
+    return [name.format(PREFIXES[power]).removesuffix(", "), *shown]
+
+
+def _three_digits(value: float) -> str:
+    """At least, and without an exponent."""
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value
+    return f"{value:,.{max(0, 2 - exponent)}f}"
 
 
 def _by_seed(differences: Sequence[float | None]) -> str:
