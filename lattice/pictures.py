@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +85,13 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
     counted = [group for group in groups if group.thoughts is not None]
     if len({group.thoughts for group in counted}) > 1:
         drawn["loss_by_thoughts"] = (
-            "Final loss against the number of thoughts; lines join arms that differ in nothing else.",
+            "Final loss against the thinking steps before each token, as each recurrence counts them; "
+            "lines join arms that differ in nothing else.",
             _against(
-                counted, evaluator, "thoughts before each token", lambda group: float(group.thoughts or 0)
+                counted,
+                evaluator,
+                "thinking steps before each token",
+                lambda group: float(group.thoughts or 0),
             ),
         )
     if any(group.residuals for group in groups):
@@ -112,7 +116,7 @@ def _curves(
                 continue
             at = np.array(tokens) * scale(group)
             losses = np.array([[curve[here] for here in tokens] for curve in curves])
-            axes.plot(at, losses.mean(0), label=_label(group.name), **_style(index))
+            axes.plot(at, losses.mean(0), label=_label(group.name), **_style(index), **_sparse(at))
             axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
         axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token", xscale="log")
     return png.getvalue()
@@ -159,6 +163,11 @@ def _style(index: int, *, marked: bool = True) -> dict[str, Any]:
         "marker": "osD^vPX*"[index % 8] if marked else "",
         "markersize": 5,
     }
+
+
+def _sparse(points: Sized) -> dict[str, Any]:
+    """Markers of a line of many points: apart by a twentieth of the axes' diagonal, not one band."""
+    return {"markevery": 0.05 if len(points) > 20 else None}
 
 
 def _label(name: str) -> str:
@@ -208,7 +217,8 @@ def curves(folders: Sequence[Path], keys: Sequence[str] | None = None) -> bytes:
                 if points:
                     tokens, values = zip(*points, strict=True)
                     shown = np.array(values) if seldom else _smoothed(np.array(values))
-                    axes.plot(tokens, shown, label=_label(name), **_style(index, marked=seldom))
+                    style = _style(index, marked=seldom) | _sparse(shown)
+                    axes.plot(tokens, shown, label=_label(name), **style)
             label = key if seldom else f"{key}, mean of {SMOOTHED} steps"
             axes.set(xlabel="training tokens", ylabel=label)
     return png.getvalue()
