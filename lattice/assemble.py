@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lattice.build import draw_weights, weightless_model
-from lattice.codec import open_codec, saved_codec
+from lattice.codec import open_codec
 from lattice.hardware import choose_device
 from lattice.hf.init_from import initialize
 from lattice.model import LanguageModel
@@ -142,14 +142,13 @@ def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def evaluation_graph(
-    recipe: Recipe, folder: Path, model: LanguageModel, step: int, *, device: str = "auto"
+    recipe: Recipe, codec: Codec, model: LanguageModel, step: int, *, device: str = "auto"
 ) -> EvaluationSubject:
     """A trained model with what its evaluators use; nothing that only training needs is built. It computes in
     the number format it was trained in, float8 as the bfloat16 around it."""
     on = choose_device(device, "device")
     precision: Precision = recipe.component("precision")
     data: Data = recipe.component("data")
-    codec = saved_codec(recipe, folder)
     return EvaluationSubject(
         model.to(on).eval(),
         codec,

@@ -521,7 +521,7 @@ def generate(
     """
     from lattice import atomic
     from lattice.generate import Sampling
-    from lattice.load import checkpoint_of, codec_of, load
+    from lattice.load import checkpoint_of, load_subject
     from lattice.prompts import read_prompts, unfinished
     from lattice.report import stream_text, write_completions
     from lattice.text_generation import completions
@@ -547,8 +547,8 @@ def generate(
     if out is not None:
         atomic.check_writable(out)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    codec = codec_of(run, trust_imports=trust_imports)
-    model = load(checkpoint, overrides=set_ or [], device=device, trust_imports=trust_imports)
+    subject = load_subject(checkpoint, overrides=set_ or [], device=device, trust_imports=trust_imports)
+    model, codec = subject.model, subject.codec
     parallel = prefill == "parallel"
     if prompt is not None and len(prompt) == 1 and out is None:
         stream_text(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lattice.protocols import Backbone, Codec, Data, Recurrence, Tokenizer, kind_of
 from lattice.recipe import Recipe, RecipeError
@@ -23,19 +25,30 @@ def open_codec(recipe: Recipe, folder: Path | None) -> Codec:
         raise
 
 
-def saved_codec(recipe: Recipe, run: Path) -> Codec:
-    """The tokenizer that a run was trained with. Raises FileNotFoundError where it is gone: one that was
-    trained anew might be another."""
+def saved_codec(recipe: Recipe, run: Path, facts: Mapping[str, Any]) -> Codec:
+    """The tokenizer that a run was trained with, as the facts of its checkpoint tell it. Raises ValueError
+    for another one, FileNotFoundError where it is gone."""
     tokenizer: Tokenizer = recipe.component("tokenizer")
     folder = run / "tokenizer"
+    trained_with = facts.get("tokenizer")
     if folder.is_dir():
-        return _fitting(recipe, tokenizer.build(folder))
+        return _fitting(recipe, _same(tokenizer.build(folder), str(folder), trained_with))
     try:
-        return _fitting(recipe, tokenizer.build(None))
+        return _fitting(recipe, _same(tokenizer.build(None), tokenizer.spec, trained_with))
     except (ValueError, OSError) as error:
         raise FileNotFoundError(
             f"'{run}' has no tokenizer: restore its directory 'tokenizer', from `lattice run`: {error}"
         ) from error
+
+
+def _same(codec: Codec, name: str, trained_with: str | None) -> Codec:
+    """Raises ValueError for a tokenizer that the weights do not know; an old checkpoint does not tell."""
+    if trained_with not in (None, codec.fingerprint):
+        raise ValueError(
+            f"tokenizer '{name}' has the fingerprint {codec.fingerprint[:12]}, the one that the checkpoint "
+            f"was trained with has {trained_with[:12]}: its tokens are others; restore that one"
+        )
+    return codec
 
 
 def _fitting(recipe: Recipe, codec: Codec) -> Codec:

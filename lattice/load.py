@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lattice import user_code
 from lattice.assemble import evaluation_graph
@@ -56,16 +57,23 @@ def load_subject(
 def subject_of(path: str | Path, recipe: Recipe, *, device: str = "auto") -> EvaluationSubject:
     """As `load_subject`, with a recipe in place of the run's own: its model must have the same weights."""
     folder, _ = locate(Path(path))
-    return evaluation_graph(recipe, folder, *_load(Path(path), recipe), device=device)
+    model, facts = _load(Path(path), recipe)
+    codec = saved_codec(recipe, folder, facts)
+    return evaluation_graph(recipe, codec, model, int(facts["step"]), device=device)
 
 
-def _load(path: Path, recipe: Recipe) -> tuple[LanguageModel, int]:
-    """The model that `recipe` describes with the weights of a run or checkpoint, and their step."""
+def _load(path: Path, recipe: Recipe) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model that `recipe` describes with the weights of a run or checkpoint, and its facts."""
     model = build_model(recipe)
+    return model, _read(path, recipe, {"model": weights(model)})
+
+
+def _read(path: Path, recipe: Recipe, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Fills `tensors` from a run or checkpoint and returns its facts."""
     while True:
         checkpointer, checkpoint = saved(path, recipe)
         try:
-            facts = checkpointer.load(checkpoint, {"model": weights(model)})
+            facts = checkpointer.load(checkpoint, tensors)
         except Exception as error:
             if checkpoint.is_dir():
                 raise
@@ -73,7 +81,7 @@ def _load(path: Path, recipe: Recipe) -> tuple[LanguageModel, int]:
             if path.resolve() == checkpoint.resolve():
                 raise FileNotFoundError(f"'{checkpoint}' was removed while it was read") from error
         else:
-            return model, int(facts["step"])
+            return facts
 
 
 def checkpoint_of(path: str | Path, *, trust_imports: bool = False) -> Path:
@@ -103,9 +111,11 @@ def recipe_of(path: str | Path, *, overrides: Iterable[str] = (), trust_imports:
 
 
 def codec_of(path: str | Path, *, trust_imports: bool = False) -> Codec:
-    """The tokenizer that a run saved."""
+    """The tokenizer that a run, or one of its checkpoints, was trained with. Raises ValueError where another
+    one lies in its place, FileNotFoundError where there is none, or no checkpoint."""
     folder, _ = locate(Path(path))
-    return saved_codec(recipe_of(folder, trust_imports=trust_imports), folder)
+    recipe = recipe_of(folder, trust_imports=trust_imports)
+    return saved_codec(recipe, folder, _read(Path(path), recipe, {}))
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:

@@ -481,8 +481,9 @@ class Checkpointer(Protocol):
         ...
 
     def load(self, path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Fills `tensors` in place, returns the facts. Never executes code from the checkpoint. Raises
-        ValueError, with nothing changed, for a damaged checkpoint and for one of another model."""
+        """Fills `tensors` in place, returns the facts. Top-level entries of the checkpoint that `tensors`
+        lacks are left out. Never executes code from the checkpoint. Raises ValueError, with nothing changed,
+        for a damaged checkpoint and for one of another model."""
         ...
 
     def load_latest(self, tensors: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:

@@ -2,9 +2,9 @@
 
 Tensors: weights and optimizer state, on many ranks as each holds them; a checkpoint loads on any number of
 ranks in any layout. Facts: the step, from which the schedule, the data position and every draw follow, what
-the summary needs of the steps before, what an optimizer has changed in its parameter groups, and a random
-state. Nothing in training draws from the global generators, so one state does for all ranks: rank 0's, for a
-component that draws from them nevertheless.
+the summary needs of the steps before, the tokenizer's fingerprint, what an optimizer has changed in its
+parameter groups, and a random state. Nothing in training draws from the global generators, so one state does
+for all ranks: rank 0's, for a component that draws from them nevertheless.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def facts(graph: TrainingGraph, step: int, *, seconds: float, peak_memory_mib: f
         "seconds": seconds,
         "peak_memory_mib": peak_memory_mib,
         "seed": graph.recipe.run.seed,
+        "tokenizer": graph.codec.fingerprint,
         "data": _position(graph, step),
         "groups": _moved(graph),
         "random": {name: base64.b64encode(bytes(state.numpy())).decode() for name, state in random.items()},

@@ -9,10 +9,11 @@ from huggingface_hub import metadata_load
 
 from lattice.atomic import write_json
 from lattice.build import build_model
+from lattice.codec import saved_codec
 from lattice.hf.card import LIBRARY, write_card
 from lattice.hf.tokenizer import export_tokenizer
 from lattice.hf.write import is_plain, write_model
-from lattice.load import codec_of, locate, recipe_of, saved
+from lattice.load import locate, recipe_of, saved
 from lattice.model import LanguageModel
 from lattice.protocols import Codec
 from lattice.state import weights
@@ -28,11 +29,11 @@ def export(run: str | Path, folder: str | Path, *, trust_imports: bool = False) 
     folder = Path(folder)
     _check_free(folder)
     recipe = recipe_of(run, trust_imports=trust_imports)
-    codec = codec_of(run, trust_imports=trust_imports)
     checkpointer, checkpoint = saved(Path(run), recipe)
     run, _ = locate(Path(run))
     model = build_model(recipe)
     facts = checkpointer.load(checkpoint, {"model": weights(model)})
+    codec = saved_codec(recipe, run, facts)
     imports = write_model(model, folder, imports=recipe.imports, eos_id=codec.eos_id)
     read = export_tokenizer(codec, run / "tokenizer", folder, model.shape.context)
     write_json(folder / "generation_config.json", _generation(model, codec))

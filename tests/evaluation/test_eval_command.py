@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+import lattice
 from lattice import evaluate
+from lattice.registry import lookup
 from tests.evaluation.small_runs import QUESTIONS, RECIPE, THINKING, command, train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'lattice[eval]'")
@@ -193,3 +195,31 @@ def test_a_run_without_its_tokenizer(tmp_path, capsys):
     assert command("eval", tmp_path / "run") == 2
     assert "has no tokenizer: restore its directory" in capsys.readouterr().err
     assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def tokenizer(folder, text):
+    """A trained tokenizer; of other texts other ones."""
+    shutil.rmtree(folder, ignore_errors=True)
+    lookup("tokenizer", "bpe")(vocab_size=270).build(folder, lambda: iter([text * 20]))
+    return folder
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["gone", "replaced"])
+def test_a_checkpoint_is_not_read_with_another_tokenizer(tmp_path, capsys, kept):
+    """It would fit the model's table, and give figures and texts."""
+    run, named = tmp_path / "run", tokenizer(tmp_path / "named", "one two three four five six seven ")
+    backbone = {**RECIPE["backbone"], "vocab_size": 300}
+    train(run, backbone=backbone, tokenizer={"kind": "huggingface", "name": str(named)})
+    first = lattice.codec_of(run).fingerprint
+    tokenizer(named, "the sky is blue and green ")
+    shutil.rmtree(run / "tokenizer")
+    if kept:
+        shutil.copytree(named, run / "tokenizer")
+    capsys.readouterr()
+    for arguments in (["eval"], ["generate", "--prompt", "a"], ["export", "--to", tmp_path / "out"]):
+        assert command(*arguments, run) == 2
+        message = capsys.readouterr().err
+        assert str(run / "tokenizer" if kept else named) in message
+        assert first[:12] in message
+    with pytest.raises((ValueError, FileNotFoundError), match=first[:12]):
+        lattice.codec_of(run)
