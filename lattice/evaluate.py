@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,10 +17,13 @@ from lattice.figures import figures as figures_of
 from lattice.load import locate, recipe_of, saved, subject_of
 from lattice.protocols import EvaluationSubject, Evaluator, Metrics
 from lattice.recipe import Recipe
+from lattice.run_folder import read_table
 from lattice.thought_counts import counted
 
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
+DOCUMENTS = "documents"
+"""The evaluator that is added to the recipe's."""
 LONGEST = 200
 """Bytes of a folder's name: file systems take 255."""
 NEVER = 2**62
@@ -72,7 +75,7 @@ class Wanted:
         given = {"overlap": self.overlap, "batch": self.batch, "max_documents": self.limit}
         settings = {"kind": '"documents"', **given}
         return [
-            f"evaluators.documents.{name}={value}" for name, value in settings.items() if value is not None
+            f"evaluators.{DOCUMENTS}.{name}={value}" for name, value in settings.items() if value is not None
         ]
 
     @property
@@ -117,9 +120,22 @@ def evaluate(
     check_writable(path)
     if wanted.samples is not None:
         make_folder(wanted.samples)
+    # Whether the recipe has the evaluator of documents without anybody's asking for it.
+    unasked = (
+        wanted.held_out
+        and wanted.overlap is None
+        and DOCUMENTS not in read_table(folder).get("evaluators", {})
+        and not any(change.startswith(f"evaluators.{DOCUMENTS}") for change in overrides)
+    )
     _, checkpoint = saved(run, recipe)  # one for all settings: a run that goes on saves others meanwhile
     for (count, iterated), with_counts in zip(settings, recipes, strict=True):
         subject = subject_of(checkpoint, with_counts, device=device)
+        if unasked and not any(subject.source.validation_documents(wanted.limit)):
+            warn(
+                "no whole document lies in the held-out text: the evaluator 'documents' is left out; prepare "
+                "the data with --validation-fraction to have it"
+            )
+            recipe, unasked = _without_documents(recipe), False
         setting = {"thoughts": count, "iterations": iterated}
         about = {"run": str(run), "step": subject.step, **setting, "settings": asked}
         values: dict[str, float] = {}
@@ -136,6 +152,11 @@ def evaluate(
     _show(results, settings)
     say(f"wrote {path}")
     return results
+
+
+def _without_documents(recipe: Recipe) -> Recipe:
+    evaluators = {name: one for name, one in recipe.named("evaluator").items() if name != DOCUMENTS}
+    return replace(recipe, components={**recipe.components, "evaluator": evaluators})
 
 
 def _named(setting: Mapping[str, int | None]) -> str:

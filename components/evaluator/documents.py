@@ -47,6 +47,10 @@ class Documents(Evaluator):
         context = subject.model.shape.context
         if self.overlap >= context:
             raise ValueError(f"overlap = {self.overlap}: must be less than the model's context of {context}")
+        if not any(subject.source.validation_documents(self.max_documents)):
+            raise ValueError(
+                "no whole document lies in the held-out text: prepare the data with --validation-fraction"
+            )
 
     @torch.no_grad()
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
@@ -67,8 +71,6 @@ class Documents(Evaluator):
         loss += self._loss(subject, windows)
         loss, *counts = subject.world.sum([loss, tokens, size, documents])
         tokens, size, documents = map(int, counts)
-        if tokens == 0:
-            raise ValueError("the data holds no validation text: prepare it with --validation-fraction")
         mean = loss / tokens
         return {
             "loss": mean,

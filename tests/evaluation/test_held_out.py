@@ -1,5 +1,6 @@
 """Held-out text by document: each token scored once, whatever the windows."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 
 from lattice.components.evaluator.documents import Documents
 from lattice.load import load_subject
+from tests.evaluation.small_runs import command, train
 
 
 class Texts:
@@ -47,3 +49,21 @@ def test_held_out_documents_are_those_of_the_text(runs):
     assert 0 < len(documents) == len({tuple(ids) for ids in documents})
     assert all(ids and subject.codec.eos_id not in ids for ids in documents)
     assert list(subject.source.validation_documents(2)) == documents[:2]
+
+
+def test_held_out_text_without_a_whole_document(tmp_path, capsys):
+    """Other evaluators read it all the same; whoever asks for documents is told before they do."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "all of one piece " * 200}) + "\n")
+    assert (
+        command("prepare", tmp_path / "long.jsonl", "--tokenizer", "bytes", "--out", tmp_path / "data") == 0
+    )
+    run = train(tmp_path / "run", data={"kind": "packed_tokens", "path": str(tmp_path / "data")})
+    capsys.readouterr()
+    assert command("eval", run) == 0
+    assert "warning: no whole document lies in the held-out text" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["evaluator"] for row in rows] == ["validation"]
+    for asked in (["--overlap", 3], ["--set", "evaluators.documents.batch=2"]):
+        assert command("eval", run, *asked) == 2
+        assert "[evaluators.documents]: no whole document lies in the held-out" in capsys.readouterr().err
+    assert (run / "evaluation.jsonl").read_text().count("\n") == 1
