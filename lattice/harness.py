@@ -16,25 +16,13 @@ import numpy as np
 import torch
 
 from lattice.draws import undisturbed
-from lattice.prepare_eval import PACKAGE, TASKS
+from lattice.prepare_eval import PACKAGE, PAPER, TASKS
 from lattice.protocols import EvaluationSubject
 from lattice.registry import nearest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-PAPER = (
-    "lambada_openai",
-    "lambada_standard",
-    "piqa",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "sciq",
-    "hellaswag",
-    "race",
-)
-"""The nine tasks of PonderLM-2 (arXiv 2509.23184, section 4)."""
 BATCH = 16
 """Inputs that are computed at once if nobody says otherwise."""
 RESAMPLED = 1000

