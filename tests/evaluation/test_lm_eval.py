@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -325,6 +326,13 @@ def test_data_that_cannot_be_reached(runs, tasks, monkeypatch):
     said = harness._missing(harness.PAPER, {"piqa"}, ConnectionError())
     assert "the data of lambada_openai, lambada_standard, winogrande," in said
     assert "`--tasks lambada_openai piqa winogrande arc_easy arc_challenge sciq hellaswag --include" in said
+
+
+def test_the_hub_is_offline_where_its_library_says_so(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        assert ("HF_HUB_OFFLINE is set" in harness._missing(["piqa"], set(), ConnectionError())) == offline
 
 
 def test_lm_evals_own_tasks_are_known_to_a_local_group(tasks, tmp_path):
