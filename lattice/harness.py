@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import constants
 
+from lattice.console import errors
 from lattice.draws import undisturbed
 from lattice.prepare_eval import PACKAGE, PAPER, TASKS
 from lattice.protocols import EvaluationSubject
@@ -71,7 +73,7 @@ def run_tasks(
 
     # lm-eval's bootstrap would fork a process per core for what, with RESAMPLED, one of them computes.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with _data_of(names, local), _seeded():
+    with _data_of(names, local), _seeded(), _quiet():
         found = lm_eval.simple_evaluate(
             model=LatticeLM(subject, batch_size=batch),
             tasks=names,
@@ -102,7 +104,7 @@ def check_tasks(tasks: str | Sequence[str], *, include: str | Path | None = None
 
     from lattice.lm_eval_model import Generation
 
-    with _data_of(names, local), _seeded():
+    with _data_of(names, local), _seeded(), _quiet():
         found = get_task_dict(names, manager)
     for name, task in _single(found):
         if task.get_config("output_type") == "generate_until":
@@ -162,13 +164,45 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, lm-eval does not say what was asked for, nor ask git for the commit of the working directory,
+    which complains where there is none; and no bars of libraries where stderr is no terminal."""
+    from lm_eval import evaluator
+    from tqdm import tqdm
+
+    def without_bar(bar: Any, *arguments: Any, **options: Any) -> None:
+        init(bar, *arguments, **options | {"disable": True})
+
+    init, git = tqdm.__init__, evaluator.get_git_commit_hash
+    loggers = [logging.getLogger(name) for name in ("lm_eval.evaluator", "lm_eval.tasks._index")]
+    for logger in loggers:
+        logger.addFilter(_news)
+    evaluator.get_git_commit_hash = lambda: None
+    if not errors.is_terminal:
+        tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__, evaluator.get_git_commit_hash = init, git
+        for logger in loggers:
+            logger.removeFilter(_news)
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """Not that a task of `include` goes before lm-eval's own, nor `few_shot` before the task's number."""
+    said = str(record.msg)
+    return "overrides existing task" not in said and "Overwriting default num_fewshot" not in said
+
+
 @functools.cache
 def _task_manager(include: str | None, defaults: bool) -> TaskManager:
     """lm-eval's index of its tasks, some 10,000 of its own, takes seconds to read: only where they are asked
     for, and once for all settings of an evaluation."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include, include_defaults=defaults)
+    with _quiet():
+        return TaskManager(include_path=include, include_defaults=defaults)
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:

@@ -223,3 +223,17 @@ def test_a_checkpoint_is_not_read_with_another_tokenizer(tmp_path, capsys, kept)
         assert first[:12] in message
     with pytest.raises((ValueError, FileNotFoundError), match=first[:12]):
         lattice.codec_of(run)
+
+
+def test_lm_eval_says_nothing_that_was_asked_for(runs, tasks, tmp_path, capfd, caplog, monkeypatch):
+    """Where stderr is no terminal it holds what is found and what is wrong, and no bars."""
+    monkeypatch.chdir(tmp_path)  # no repository
+    shutil.copytree(tasks, tmp_path / "tasks")
+    for file in (tmp_path / "tasks").glob("*.yaml"):
+        task = json.loads(file.read_text()) | {"fewshot_split": "test", "num_fewshot": 2}
+        file.write_text(json.dumps(task))
+    arguments = ["--tasks", "choices", "--include", tmp_path / "tasks", "--few-shot", 1, "--limit", 1]
+    assert command("eval", runs["plain"], *arguments, "--no-held-out", "--out", tmp_path / "found") == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("choices/1shot: acc ")
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]

@@ -335,12 +335,18 @@ def test_the_hub_is_offline_where_its_library_says_so(monkeypatch):
         assert ("HF_HUB_OFFLINE is set" in harness._missing(["piqa"], set(), ConnectionError())) == offline
 
 
-def test_lm_evals_own_tasks_are_known_to_a_local_group(tasks, tmp_path):
+def test_lm_evals_own_tasks_are_known_to_a_local_group(tasks, tmp_path, caplog):
     """And read only where they may be asked for: that takes seconds."""
     (tmp_path / "choices.yaml").write_text((tasks / "choices.yaml").read_text())
     (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["choices", "piqa"]}))
     assert "piqa" not in harness._named("choices", tmp_path)[2].all_tasks
     assert "piqa" in harness._named("both", tmp_path)[2].all_tasks
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "piqa.yaml").write_text(
+        (tasks / "choices.yaml").read_text().replace("choices", "piqa", 1)
+    )
+    harness._named(["piqa", "sciq"], tmp_path / "again")
+    assert not caplog.records, "that it goes before lm-eval's own was asked for"
 
 
 def test_paper_tasks_are_nine():

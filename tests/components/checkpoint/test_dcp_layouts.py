@@ -101,6 +101,7 @@ def graph(folder: Path, seed: int, layout: str = "ddp", size: int = 1, *, extras
         device=torch.device("cpu"),
         checkpointer=DcpCheckpoint().build(folder),
         recipe=recipe(seed),
+        codec=recipe(seed).component("tokenizer").build(None),
         source=SimpleNamespace(position=lambda step: {"step": step}),
     )
 
