@@ -167,24 +167,23 @@ def _seeded() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within, lm-eval does not say what was asked for, nor ask git for the commit of the working directory,
-    which complains where there is none; and no bars of libraries where stderr is no terminal."""
+    which complains where there is none; `datasets` draws no bars where stderr is no terminal."""
+    import datasets
     from lm_eval import evaluator
-    from tqdm import tqdm
 
-    def without_bar(bar: Any, *arguments: Any, **options: Any) -> None:
-        init(bar, *arguments, **options | {"disable": True})
-
-    init, git = tqdm.__init__, evaluator.get_git_commit_hash
+    git, bars = evaluator.get_git_commit_hash, datasets.are_progress_bars_disabled()
     loggers = [logging.getLogger(name) for name in ("lm_eval.evaluator", "lm_eval.tasks._index")]
     for logger in loggers:
         logger.addFilter(_news)
     evaluator.get_git_commit_hash = lambda: None
     if not errors.is_terminal:
-        tqdm.__init__ = without_bar
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        tqdm.__init__, evaluator.get_git_commit_hash = init, git
+        evaluator.get_git_commit_hash = git
+        if not bars:
+            datasets.enable_progress_bars()
         for logger in loggers:
             logger.removeFilter(_news)
 
