@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,8 @@ def _curves(
                 continue
             at = np.array(tokens) * scale(group)
             losses = np.array([[curve[here] for here in tokens] for curve in curves])
-            axes.plot(at, losses.mean(0), label=_label(group.name), **_style(index), **_sparse(at))
+            means = losses.mean(0)
+            axes.plot(at, means, label=_label(group.name), **_style(index), **_sparse(means))
             axes.fill_between(at, losses.min(0), losses.max(0), alpha=0.15, color=_style(index)["color"])
         axes.set(xlabel=label, ylabel=f"{evaluator} loss, nats a token", xscale="log")
     return png.getvalue()
@@ -165,9 +166,10 @@ def _style(index: int, *, marked: bool = True) -> dict[str, Any]:
     }
 
 
-def _sparse(points: Sized) -> dict[str, Any]:
-    """Markers of a line of many points: apart by a twentieth of the axes' diagonal, not one band."""
-    return {"markevery": 0.05 if len(points) > 20 else None}
+def _sparse(values: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Markers of a line of many points: apart by a twentieth of the axes' diagonal, not one band. Those that
+    are not finite are not drawn, and matplotlib fails to space none."""
+    return {"markevery": 0.05 if np.isfinite(values).sum() > 20 else None}
 
 
 def _label(name: str) -> str:
@@ -186,8 +188,8 @@ def _name(figure: Figure) -> None:
     if named:
         columns = max(1, int(WIDTH / (0.6 + 0.065 * max(map(len, named)))))  # inches: a line and its label
         figure.legend(
-            named.values(),
-            named.keys(),
+            list(named.values()),
+            list(named),
             ncols=columns,
             fontsize=8,
             loc="upper center",

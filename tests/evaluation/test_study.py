@@ -453,15 +453,16 @@ def test_the_residuals_that_are_drawn_are_kept(tmp_path, monkeypatch):
 
 
 def test_the_markers_of_a_long_run_are_no_band(tmp_path, monkeypatch):
-    lengths, lines, plot = (1, 10, 500), [], Axes.plot
-    folders = [tmp_path / f"of_{length}" for length in lengths]
-    for folder, length in zip(folders, lengths, strict=True):
+    losses = [[2.0], [2.0] * 10, [2.0] * 500, [math.nan] * 500]
+    lines, plot = [], Axes.plot
+    folders = [tmp_path / f"run_{index}" for index in range(len(losses))]
+    for folder, of in zip(folders, losses, strict=True):
         folder.mkdir()
-        rows = [{"step": at, "tokens": at, "validation/loss": 2.0} for at in range(length)]
+        rows = [{"step": at, "tokens": at, "validation/loss": loss} for at, loss in enumerate(of)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(Axes, "plot", lambda *given, **options: lines.extend(plot(*given, **options)))
     curves(folders)
-    assert [line.get_markevery() is None for line in lines] == [True, True, False]  # each point of the few
+    assert [line.get_markevery() is None for line in lines] == [True, True, False, True]  # all of few
 
 
 def legends_of(monkeypatch):
