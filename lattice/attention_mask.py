@@ -34,17 +34,6 @@ DOCUMENTS = 4
 """In each row of a batch that is made up, to predict or to measure."""
 
 
-class Plain(Mask):
-    """The causal order alone."""
-
-    @property
-    def needs_documents(self) -> bool:
-        return False
-
-    def sees(self, query: Side, key: Side) -> Tensor | None:
-        return None
-
-
 def made_up_documents(mask: Mask, ids_BL: Tensor) -> Tensor | None:
     """Document numbers of a made-up batch, all documents of one length; None where the mask needs none."""
     if not mask.needs_documents:

@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from lattice.attention_mask import BLOCKS_FROM, Plain, made_up_documents
+from lattice.attention_mask import BLOCKS_FROM, made_up_documents
 from lattice.build import undrawn_model
 from lattice.draws import Draw, Most
 from lattice.live_tensors import LiveTensors
 from lattice.model import LanguageModel
 from lattice.protocols import Optimizer, Precision, kind_of
 from lattice.recipe import Recipe
-from lattice.registry import place_of
+from lattice.registry import lookup, place_of
 
 
 class NotPredicted(ValueError):
@@ -65,7 +65,7 @@ def step_memory(
         model = undrawn_model(recipe)
         precision.apply(model)
         if gpu and length >= BLOCKS_FROM:
-            model.mask = Plain()  # needs what a block mask does
+            model.mask = lookup("mask", "causal")()  # needs what a block mask does
         ids_BL = torch.zeros(rows, length, dtype=torch.int64)
         documents_BL = made_up_documents(model.mask, ids_BL)
         if micro_batches > 1:  # from the second on, all gradients are there from the start

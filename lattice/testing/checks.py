@@ -255,12 +255,10 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], float]]:
         yield "evaluation with a tolerance", "token-passes", [stopped], costs.evaluation_token_passes
     yield "evaluation", "operations", [operations(evaluate) / length], costs.evaluation_operations
     draws = [Draw(0, step) for step in range(DRAWS)]
-    forwards = [partial(evaluate, draw=draw) for draw in draws]
-    drawn = [_slots(model, forward) / length for forward in forwards]
-    yield "training", "token-passes", drawn, costs.training_token_passes
     # Steps whose forwards send as many slots through the layers, with as many operations, are taken to be
     # alike: one of each is counted.
-    alike = list(zip(drawn, map(operations, forwards), strict=True))
+    alike = [_slots_and_operations(model, partial(evaluate, draw=draw)) for draw in draws]
+    yield "training", "token-passes", [slots / length for slots, _ in alike], costs.training_token_passes
     steps = {
         forward: operations(partial(_train, model, ids, draw)) / length
         for forward, draw in dict(zip(alike, draws, strict=True)).items()
@@ -293,6 +291,12 @@ def _slots(model: LanguageModel, call: Callable[[], Any]) -> float:
     for hook in hooks:
         hook.remove()
     return sum(counted) / LAYERS
+
+
+def _slots_and_operations(model: LanguageModel, call: Callable[[], Any]) -> tuple[float, int]:
+    """Both, of one call."""
+    done: list[int] = []
+    return _slots(model, lambda: done.append(operations(call))), done[0]
 
 
 def save_and_load(subject: Subject) -> str | None:
