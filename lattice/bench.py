@@ -170,7 +170,10 @@ class Workload:
         run, done = self.case.recipe.run, len(self.seconds)
         if done == self.options.warm_up + self.options.repetitions:
             return Most(run.seed, run.steps - 1)
-        return Draw(run.seed, max(0, run.steps - 1 - done))
+        return Draw(run.seed, self._step(done))
+
+    def _step(self, done: int) -> int:
+        return max(0, self.case.recipe.run.steps - 1 - done)
 
     @torch.no_grad()
     def _evaluate(self, clock: Clock) -> None:
@@ -201,7 +204,12 @@ class Workload:
         options, recipe = self.options, self.case.recipe
         decoding = options.mode == "decode"
         # The tokens that are decoded stand one after the other behind the prompt: on average, there.
-        costs = ledger(recipe, length=self.length + (options.new_tokens + 1) // 2 * decoding)
+        length = self.length + (options.new_tokens + 1) // 2 * decoding
+        costs = ledger(
+            recipe,
+            length=length,
+            steps=[self._step(options.warm_up + number) for number in range(options.repetitions)],
+        )
         row: dict[str, Any] = {
             "recipe": self.case.label,
             "mode": options.mode,

@@ -24,8 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lattice.hardware import GPU
-from lattice.ledger import Ledger
-from lattice.protocols import ActivationCheckpoint, Backbone, Precision, Recurrence
+from lattice.ledger import Ledger, training_passes
+from lattice.protocols import ActivationCheckpoint, Backbone, Precision
 from lattice.recipe import Recipe
 
 FLOAT32 = 4
@@ -40,7 +40,7 @@ class Traffic:
     shards: int
     replicas: int
     layer_gathers: float
-    """How often each layer is gathered, in the mean over the draws."""
+    """How often each layer is gathered, in the mean over the steps and their draws."""
     gathered: float
     """Bytes of weights."""
     reduced: float
@@ -116,7 +116,6 @@ def _traffic(
 def _gathers(recipe: Recipe) -> float:
     """Of each layer in a micro-batch, where it is given up after each use."""
     backbone: Backbone = recipe.component("backbone")
-    recurrence: Recurrence = recipe.component("recurrence")
     checkpointing: ActivationCheckpoint = recipe.component("activation_checkpoint")
     layers = backbone.shape.num_layers
     return sum(
@@ -124,5 +123,5 @@ def _gathers(recipe: Recipe) -> float:
         * (layers if one.layers is None else one.layers)
         / layers
         * (2 + len(checkpointing.again(backbone.layer_cost)) if one.gradients else 1)
-        for one in recurrence.passes(backbone.shape, training=True)
+        for one in training_passes(recipe)
     )

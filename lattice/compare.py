@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lattice.ledger import Ledger, ledger
+from lattice.ledger import Ledger, ledger, operations_of, training_passes
 from lattice.load import recipe_of
 from lattice.options import to_table
 from lattice.protocols import Evaluator
@@ -96,7 +96,12 @@ class Group:
     @property
     def training_operations(self) -> float:
         """Of the whole training."""
-        return self.costs.training_operations * self.tokens
+        return self.training_operations_by(self.tokens)
+
+    def training_operations_by(self, tokens: int) -> float:
+        """Of the training up to so many tokens."""
+        passes = training_passes(self.recipe, range(tokens // self.recipe.run.batch_tokens))
+        return tokens * operations_of(self.recipe, passes, backward=True)
 
     @property
     def thoughts(self) -> int | None:

@@ -5,8 +5,9 @@ Operations are the model's; what activation checkpointing computes again is coun
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from lattice.build import build_model
 from lattice.cost import Pass
@@ -15,6 +16,8 @@ from lattice.recipe import Recipe
 
 BACKWARD = 2
 """Operations of the backward pass for each of the forward pass."""
+SAMPLED = 256
+"""Steps of a training that are looked at, where they differ in cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,13 @@ class Ledger:
     layer_parameters: int
     """Of the layers and the final norm alone: without embedding and head."""
     training_token_passes: float
-    """Slots sent through all layers, in the mean over the draws."""
+    """Slots sent through all layers, in the mean over the steps and their draws."""
     evaluation_token_passes: float
     """The same with the counts of evaluation."""
     inference_token_passes: float
     """The same in sequential decoding, which is the definition."""
     training_operations: float
-    """Forward and backward, head included, in the mean over the draws."""
+    """Forward and backward, head included, in the mean over the steps and their draws."""
     repeated_operations: float
     """What activation checkpointing computes again in the backward pass, at most: a last product whose result
     nothing needs is counted, which in models of few layers is some of it."""
@@ -49,29 +52,54 @@ class Ledger:
         return self.cached_numbers * bytes_each
 
 
-def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
-    """Costs of `recipe` for sequences of `length` tokens, `run.sequence_tokens` if not given."""
+def training_passes(recipe: Recipe, steps: Sequence[int] | None = None) -> list[Pass]:
+    """What is computed of each token in the mean over these steps of a training, over all if none are given,
+    and over their draws."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    shape = recipe.component("backbone").shape
+    steps = range(recipe.run.steps) if steps is None else steps
+    if type(recurrence).passes_at is Recurrence.passes_at:  # one step tells
+        steps = steps[:1]
+    chosen = min(len(steps), SAMPLED)
+    sampled = [steps[(2 * index + 1) * len(steps) // (2 * chosen)] for index in range(chosen)]
+    lists = Counter(tuple(recurrence.passes_at(shape, step)) for step in sampled)
+    return [
+        replace(one, times=one.times * share / chosen) for passes, share in lists.items() for one in passes
+    ]
+
+
+def operations_of(
+    recipe: Recipe, passes: Iterable[Pass], *, length: int | None = None, backward: bool = False
+) -> float:
+    """Of one token in a sequence of `length`, `run.sequence_tokens` if not given: of these passes and the
+    head, forward alone or with the backward pass through those of them that have one."""
+    backbone: Backbone = recipe.component("backbone")
+    shape, cost = backbone.shape, backbone.layer_cost
+    length = recipe.run.sequence_tokens if length is None else length
+    head = 2 * shape.hidden_size * shape.vocab_size
+    total = float((1 + BACKWARD * backward) * head)
+    for one in passes:
+        forward = one.times * (one.layer_operations(cost, shape.num_layers, length) + one.operations)
+        total += (1 + BACKWARD * (backward and one.gradients)) * forward
+    return total
+
+
+def ledger(recipe: Recipe, *, length: int | None = None, steps: Sequence[int] | None = None) -> Ledger:
+    """Costs of `recipe` for sequences of `length` tokens, `run.sequence_tokens` if not given, in these steps
+    of its training, in the mean over all if none are given."""
     backbone: Backbone = recipe.component("backbone")
     recurrence: Recurrence = recipe.component("recurrence")
     checkpointing: ActivationCheckpoint = recipe.component("activation_checkpoint")
     shape, cost = backbone.shape, backbone.layer_cost
     length = recipe.run.sequence_tokens if length is None else length
     model = build_model(recipe, device="meta")
-    head = 2 * shape.hidden_size * shape.vocab_size
-
-    def forward(passes: Iterable[Pass]) -> float:
-        return sum(
-            one.times * (one.layer_operations(cost, shape.num_layers, length) + one.operations)
-            for one in passes
-        )
 
     def token_passes(passes: Iterable[Pass]) -> float:
         return sum(one.token_passes(shape.num_layers) for one in passes)
 
-    training = recurrence.passes(shape, training=True)
+    training = training_passes(recipe, steps)
     evaluating = recurrence.passes(shape, training=False)
     decoding = recurrence.decode_passes(shape)
-    back = forward(one for one in training if one.gradients)
     return Ledger(
         length=length,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -83,14 +111,14 @@ def ledger(recipe: Recipe, *, length: int | None = None) -> Ledger:
         training_token_passes=token_passes(training),
         evaluation_token_passes=token_passes(evaluating),
         inference_token_passes=token_passes(decoding),
-        training_operations=forward(training) + BACKWARD * back + (1 + BACKWARD) * head,
+        training_operations=operations_of(recipe, training, length=length, backward=True),
         repeated_operations=sum(
             one.times * one.layer_operations(part, shape.num_layers, length)
             for one in training
             if one.gradients
             for part in checkpointing.again(cost)
         ),
-        evaluation_operations=forward(evaluating) + head,
-        inference_operations=forward(decoding) + head,
+        evaluation_operations=operations_of(recipe, evaluating, length=length),
+        inference_operations=operations_of(recipe, decoding, length=length),
         cached_numbers=cost.cached * shape.num_layers * token_passes(decoding),
     )

@@ -61,16 +61,11 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
     drawn = {
         "loss_by_tokens": (
             "Validation loss against training tokens; bands span the seeds.",
-            _curves(groups, evaluator, "training tokens", lambda group: 1.0),
+            _curves(groups, evaluator, "training tokens", lambda group, tokens: tokens),
         ),
         "loss_by_training_flops": (
             "The same against training FLOPs, by the ledger.",
-            _curves(
-                groups,
-                evaluator,
-                "training FLOPs",
-                lambda group: group.costs.training_operations,
-            ),
+            _curves(groups, evaluator, "training FLOPs", Group.training_operations_by),
         ),
         "loss_by_inference_flops": (
             "Final loss against what a token costs in sequential decoding; lines join thought counts.",
@@ -103,10 +98,7 @@ def comparison(groups: Sequence[Group], evaluator: str) -> dict[str, tuple[str, 
 
 
 def _curves(
-    groups: Sequence[Group],
-    evaluator: str,
-    label: str,
-    scale: Callable[[Group], float],
+    groups: Sequence[Group], evaluator: str, label: str, place: Callable[[Group, int], float]
 ) -> bytes:
     with _figure(5.5) as ([axes], png):
         for index, group in enumerate(groups):
@@ -114,7 +106,7 @@ def _curves(
             tokens = sorted(set.intersection(*map(set, curves)))  # where all seeds were evaluated
             if not tokens:
                 continue
-            at = np.array(tokens) * scale(group)
+            at = np.array([place(group, count) for count in tokens])
             losses = np.array([[curve[here] for here in tokens] for curve in curves])
             means = losses.mean(0)
             axes.plot(at, means, label=_label(group.name), **_style(index), **_sparse(means))

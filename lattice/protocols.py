@@ -141,6 +141,11 @@ class Recurrence(Protocol):
         """What is computed of each token: in a training step, in the mean over the draws, or at evaluation,
         in parallel. Where iteration may stop early, the limit."""
 
+    def passes_at(self, shape: Shape, step: int) -> list[Pass]:
+        """What is computed of each token in training step `step`, counted from 0, in the mean over its draws.
+        As it stands: what `passes` says of training, the same in every step. A curriculum says more."""
+        return self.passes(shape, training=True)
+
     def decode_passes(self, shape: Shape) -> list[Pass]:
         """What `step` computes of a token. As it stands: what an evaluation does, of the newest alone."""
         return [dataclasses.replace(one, part=None) for one in self.passes(shape, training=False)]

@@ -117,7 +117,7 @@ def test_operations_of_its_own_that_are_drawn_count_in_the_mean():
     for declared in (0, 1):
         wrong = {"kind": "drawn_product", "declared": float(declared)}
         (result,) = check_recurrence(wrong, checks=["cost"], backbones=["llama"])
-        assert "operations a token in the mean of 48 steps" in (result.counterexample or "holds")
+        assert "operations a token in the mean of 48 draws" in (result.counterexample or "holds")
 
 
 def test_a_recurrence_says_what_its_iterations_are():

@@ -5,6 +5,8 @@ Shapes: B batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import operator
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from lattice.draws import Draw
-from lattice.ledger import ledger
+from lattice.ledger import ledger, operations_of, training_passes
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.recipe import load_recipe
@@ -32,7 +34,10 @@ from lattice.testing.subject import (
     stepwise,
 )
 
-DRAWS = 48
+DRAWS = tuple(
+    Draw(seed, step) for first in (0, 10**6) for step in range(first, first + 12) for seed in (0, 1)
+)
+"""Over which the cost of a training step is the mean: at the start and late, two draws of each step."""
 STEPS = tuple(Draw(0, step) for step in (1, 2, 10**6))
 """Training steps, a late one among them: what a recurrence does may change in the course of a run."""
 NEAR = 100
@@ -234,43 +239,50 @@ def cost(subject: Subject) -> str | None:
     """Token-passes, operations and slots are as declared: at evaluation, in a training step with its backward
     pass, and in decoding."""
     for when, what, counted, declared in _costs(subject):
-        mean, chance = statistics.mean(counted), 5 * statistics.pstdev(counted) / len(counted) ** 0.5
+        missed = [one - other for one, other in zip(counted, declared, strict=True)]
+        # Five standard errors, from what two draws of the same step differ by.
+        chance = 5 * math.hypot(*map(operator.sub, missed[::2], missed[1::2])) / len(missed)
         # The ledger lets all slots of a decoded token see each other: half a token's too many, at most.
         rounding = 1 / (2 * CONTEXT) if (when, what) == ("decoding", "operations") else 1e-6
-        if abs(mean - declared) > chance + rounding * mean:
-            steps = f" in the mean of {len(counted)} steps" if len(counted) > 1 else ""
-            return f"{when} takes {mean:g} {what} a token{steps}, declared are {declared:g}"
+        mean, said = statistics.mean(counted), statistics.mean(declared)
+        if abs(statistics.mean(missed)) > chance + rounding * mean:
+            draws = f" in the mean of {len(counted)} draws" if len(counted) > 1 else ""
+            return f"{when} takes {mean:g} {what} a token{draws}, declared are {said:g}"
     return None
 
 
-def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], float]]:
-    """When, of what, how much was counted for a token, in one call or in several, and what is declared."""
+def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], list[float]]]:
+    """When, of what, how much was counted for a token, in one call or in several, and what is declared of
+    each."""
     component, length = subject.without_stop, 3
     model, recipe, ids = subject.model(component), subject.recipe(component), subject.ids(1, length)
     costs, evaluate = ledger(recipe, length=length), partial(model, ids)
-    yield "evaluation", "token-passes", [_slots(model, evaluate) / length], costs.evaluation_token_passes
+    passes = costs.evaluation_token_passes
+    yield "evaluation", "token-passes", [_slots(model, evaluate) / length], [passes]
     if subject.tolerance is not None:
         stopping = subject.model()
-        stopped = max(_slots(stopping, partial(stopping, ids)) / length, costs.evaluation_token_passes)
-        yield "evaluation with a tolerance", "token-passes", [stopped], costs.evaluation_token_passes
-    yield "evaluation", "operations", [operations(evaluate) / length], costs.evaluation_operations
-    draws = [Draw(0, step) for step in range(DRAWS)]
+        stopped = max(_slots(stopping, partial(stopping, ids)) / length, passes)
+        yield "evaluation with a tolerance", "token-passes", [stopped], [passes]
+    yield "evaluation", "operations", [operations(evaluate) / length], [costs.evaluation_operations]
+    training = [training_passes(recipe, [draw.step]) for draw in DRAWS]
     # Steps whose forwards send as many slots through the layers, with as many operations, are taken to be
     # alike: one of each is counted.
-    alike = [_slots_and_operations(model, partial(evaluate, draw=draw)) for draw in draws]
-    yield "training", "token-passes", [slots / length for slots, _ in alike], costs.training_token_passes
+    alike = [_slots_and_operations(model, partial(evaluate, draw=draw)) for draw in DRAWS]
+    declared = [sum(one.token_passes(LAYERS) for one in passes) for passes in training]
+    yield "training", "token-passes", [slots / length for slots, _ in alike], declared
     steps = {
         forward: operations(partial(_train, model, ids, draw)) / length
-        for forward, draw in dict(zip(alike, draws, strict=True)).items()
+        for forward, draw in dict(zip(alike, DRAWS, strict=True)).items()
     }
-    yield "training", "operations", [steps[forward] for forward in alike], costs.training_operations
+    declared = [operations_of(recipe, passes, length=length, backward=True) for passes in training]
+    yield "training", "operations", [steps[forward] for forward in alike], declared
     prompt, costs = subject.ids(1, CONTEXT - 2), ledger(recipe, length=CONTEXT)
     _, cache = model.prefill(prompt, parallel=True)
     slots = 0 if cache.slots is None else len(cache.slots.stage_S)
-    yield "the cache that stack.run is given", "slots", [slots / len(prompt[0])], component.slots
+    yield "the cache that stack.run is given", "slots", [slots / len(prompt[0])], [component.slots]
     decode = partial(model.step, ids[:, :1], cache)
-    yield "decoding", "token-passes", [_slots(model, decode)], costs.inference_token_passes
-    yield "decoding", "operations", [operations(decode)], costs.inference_operations
+    yield "decoding", "token-passes", [_slots(model, decode)], [costs.inference_token_passes]
+    yield "decoding", "operations", [operations(decode)], [costs.inference_operations]
 
 
 def _train(model: LanguageModel, ids: torch.Tensor, draw: Draw) -> None:
