@@ -128,20 +128,20 @@ class LanguageModel(nn.Module):
             auxiliary_sum=self._auxiliary(unrolled, targets) if adds else None,
         )
 
-    def _loss(self, hidden_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, targets_BL.flatten())
+    def _loss(self, hidden_BLD: Tensor, targets_BL: Tensor, *weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+        by_token = (tensor.flatten() for tensor in (targets_BL, *weights_BL))
+        return self.loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, *by_token)
 
     def _auxiliary(self, unrolled: Unrolled, targets_BL: Tensor) -> Tensor:
-        """Raises ValueError for other shapes than those of the tokens, and for a weight that is no number."""
+        """Raises ValueError for other shapes than those of the tokens."""
         total = unrolled.hidden_BLD.new_zeros((), dtype=torch.float32)
         for hidden_BLD, weight in unrolled.also_predict:
             self._check_shape("also_predict", hidden_BLD, unrolled.hidden_BLD.shape)
             if isinstance(weight, Tensor) and weight.dim():
-                raise ValueError(
-                    f"recurrence '{kind_of(self.recurrence)}': also_predict holds a weight of shape "
-                    f"{tuple(weight.shape)}; must be a number: it is that of a loss, summed over all targets"
-                )
-            total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
+                self._check_shape("a weight of also_predict", weight, targets_BL.shape)
+                total = total + self._loss(hidden_BLD, targets_BL, weight)[0]
+            else:
+                total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
         if unrolled.penalty_BL is not None:
             self._check_shape("penalty_BL", unrolled.penalty_BL, targets_BL.shape)
             total = total + unrolled.penalty_BL.float().masked_fill(targets_BL == -100, 0).sum()

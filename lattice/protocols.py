@@ -88,7 +88,8 @@ class Unrolled:
     """Numbers or vectors to log, e.g. `residuals`: relative change at each iteration."""
     also_predict: Sequence[tuple[Tensor, Tensor | float]] = ()
     """Further hidden states (B, L, D), after the final norm, that a training step makes predict the same
-    tokens, each with the weight, a number, of its loss: deep supervision (Lee et al., arXiv 1409.5185)."""
+    tokens, each with the weight of its loss: a number, as in deep supervision (Lee et al., arXiv 1409.5185),
+    or (B, L), one for each token, as where a model learns when to halt (PonderNet, arXiv 2107.05407)."""
     penalty_BL: Tensor | None = None
     """What a training step minimises besides, for each token, in nats."""
 
@@ -297,8 +298,11 @@ class Loss(Protocol):
     """From hidden states to a loss. It holds the head, so chunking over the vocabulary is its business."""
 
     @abstractmethod
-    def total(self, hidden_ND: Tensor, head: nn.Module, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss in nats and the number of targets that count (those that are not -100)."""
+    def total(
+        self, hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, weights_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats, of each target times its weight if weights are given, which have gradients,
+        too; and the number of targets that count (those that are not -100)."""
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────

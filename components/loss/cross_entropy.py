@@ -27,17 +27,21 @@ class CrossEntropy(Loss):
         if self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens = {self.chunk_tokens}: must be at least 1")
 
-    def total(self, hidden_ND: Tensor, head: nn.Module, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def total(
+        self, hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, weights_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         count = (targets_N != -100).sum()
+        of_targets = [hidden_ND] if weights_N is None else [hidden_ND, weights_N]
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        if torch.is_grad_enabled() and (hidden_ND.requires_grad or parameters):
+        learning = parameters or any(tensor.requires_grad for tensor in of_targets)
+        if torch.is_grad_enabled() and learning:
             total: Tensor = _WithGradients.apply(  # type: ignore[no-untyped-call]
-                head, targets_N, self.chunk_tokens, hidden_ND, *parameters
+                head, targets_N, self.chunk_tokens, len(of_targets), *of_targets, *parameters
             )
         else:
             total = hidden_ND.new_zeros((), dtype=torch.float32)
             for chunk in _chunks(len(targets_N), self.chunk_tokens):
-                total = total + _chunk_loss(head, hidden_ND[chunk], targets_N[chunk])
+                total = total + _chunk_loss(head, targets_N[chunk], *(one[chunk] for one in of_targets))
         return total, count
 
 
@@ -45,8 +49,13 @@ def _chunks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def _chunk_loss(head: nn.Module, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
+def _chunk_loss(
+    head: nn.Module, targets_C: Tensor, hidden_CD: Tensor, weights_C: Tensor | None = None
+) -> Tensor:
+    if weights_C is None:
+        return F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
+    losses_C = F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="none")
+    return (weights_C.float() * losses_C).sum()
 
 
 class _WithGradients(torch.autograd.Function):
@@ -56,23 +65,27 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: nn.Module, targets_N: Tensor, size: int, hidden_ND: Tensor, *parameters: Tensor
+        ctx: Any, head: nn.Module, targets_N: Tensor, size: int, rows: int, *tensors: Tensor
     ) -> Tensor:
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        grad_ND = torch.empty_like(hidden_ND)
+        """The first `rows` of the tensors have a row for each target; the others are parameters."""
+        of_targets, parameters = tensors[:rows], tensors[rows:]
+        total = of_targets[0].new_zeros((), dtype=torch.float32)
+        of_rows = [torch.empty_like(tensor) for tensor in of_targets]
         gradients: list[Tensor] = []
         for chunk in _chunks(len(targets_N), size):
-            hidden_CD = hidden_ND[chunk].detach().requires_grad_()
+            given = [tensor[chunk].detach().requires_grad_() for tensor in of_targets]
             with torch.enable_grad():
-                loss = _chunk_loss(head, hidden_CD, targets_N[chunk])
+                loss = _chunk_loss(head, targets_N[chunk], *given)
             total += loss.detach()
-            grad_ND[chunk], *of_chunk = torch.autograd.grad(loss, [hidden_CD, *parameters])
+            found = torch.autograd.grad(loss, [*given, *parameters])
+            for gradient, part in zip(of_rows, found[:rows], strict=True):
+                gradient[chunk] = part
             if not gradients:
-                gradients = of_chunk
+                gradients = list(found[rows:])
                 continue
-            for gradient, more in zip(gradients, of_chunk, strict=True):
+            for gradient, more in zip(gradients, found[rows:], strict=True):
                 gradient += more
-        ctx.gradients = [grad_ND, *(gradients or [torch.zeros_like(parameter) for parameter in parameters])]
+        ctx.gradients = [*of_rows, *(gradients or [torch.zeros_like(parameter) for parameter in parameters])]
         return total
 
     @staticmethod
@@ -81,4 +94,4 @@ class _WithGradients(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradient of this loss was taken before; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, *(one.mul_(grad) for one in gradients)
+        return None, None, None, None, *(one.mul_(grad) for one in gradients)

@@ -113,7 +113,8 @@ def outcome(model: LanguageModel, ids_BL: Tensor, draw: Draw | None, **inputs: T
     found = {"the logits": stack.logits(unrolled.hidden_BLD)}
     if draw is not None:
         for number, (hidden_BLD, weight) in enumerate(unrolled.also_predict):
-            found[f"the logits of also_predict[{number}]"] = weight * stack.logits(hidden_BLD)
+            weight_BLV = weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.dim() else weight
+            found[f"the logits of also_predict[{number}]"] = weight_BLV * stack.logits(hidden_BLD)
         if unrolled.penalty_BL is not None:
             found["penalty_BL"] = unrolled.penalty_BL.unsqueeze(-1)
     return found

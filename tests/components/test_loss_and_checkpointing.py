@@ -80,6 +80,28 @@ def test_cross_entropy_in_chunks(chunk, ignored):
         assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("ignored", ["nothing", "some", "first", "all"])
+@pytest.mark.parametrize("chunk", [1, 5, 12, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_targets(chunk, ignored, dtype):
+    head, hidden, targets = loss_problem(12, ignored)
+    weights = torch.linspace(-1, 2, 12).to(dtype).requires_grad_()
+    tensors = [hidden, weights, head.weight, head.bias]
+    total, count = CrossEntropy(chunk_tokens=chunk).total(hidden, head, targets, weights)
+    reference = (weights.float() * F.cross_entropy(head(hidden), targets, reduction="none")).sum()
+    assert count.item() == (targets != -100).sum().item()
+    torch.testing.assert_close(total, reference, atol=1e-5, rtol=1e-6)
+    expected = torch.autograd.grad(reference, tensors)
+    torch.testing.assert_close(torch.autograd.grad(total, tensors), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        again, _ = CrossEntropy(chunk_tokens=chunk).total(hidden, head, targets, weights)
+    torch.testing.assert_close(again, reference, atol=1e-5, rtol=1e-6)
+    for tensor in (hidden, head.weight, head.bias):
+        tensor.requires_grad_(False)
+    total, _ = CrossEntropy(chunk_tokens=chunk).total(hidden, head, targets, weights)
+    torch.testing.assert_close(torch.autograd.grad(total, weights)[0], expected[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [5, 12, 13])
 def test_cross_entropy_under_autocast(chunk):
     """Logits come in bfloat16, the loss is still computed in float32."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import lattice
 from lattice.draws import Draw
 from lattice.testing import BACKBONES, assert_conforms
+from tests.halting import Halting  # noqa: F401
 from tests.supervised import Supervised
 
 DRAW = Draw(0, 3)
@@ -52,6 +53,38 @@ def test_objective_and_gradients(batch):
     torch.testing.assert_close(found, gradients)
 
 
+def test_a_recurrence_that_learns_when_to_halt(batch):
+    """PonderNet, equations 6 and 7, from logits that are all held."""
+    ids, targets = batch
+    model = lattice.build_model(
+        {
+            "backbone": BACKBONES["llama"],
+            "recurrence": {"kind": "test_halting", "steps": 3, "prior": 0.4, "divergence": 0.2},
+        }
+    ).double()
+    torch.nn.init.normal_(model.unroll.halt.weight)
+    counts, hidden_NBLD = targets != -100, []
+    handle = model.decoder.final_norm.register_forward_hook(
+        lambda module, given, out: hidden_NBLD.append(out.squeeze(2))
+    )
+    model(ids)
+    handle.remove()
+    going_on, expected = torch.ones(counts.sum()), 0.0
+    for number, hidden_BLD in enumerate(hidden_NBLD):
+        last = number == 2
+        hidden = hidden_BLD[counts]
+        halts = 1.0 if last else model.unroll.halt(hidden).squeeze(-1).sigmoid()
+        share, prior = going_on * halts, 0.6**number * (1.0 if last else 0.4)
+        losses = F.cross_entropy(model.decoder.head(hidden), targets[counts], reduction="none")
+        expected = expected + (share * losses + 0.2 * share * (share / prior).log()).mean()
+        going_on = going_on * (1 - halts)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    objective = model(ids, targets=targets, draw=DRAW).objective
+    torch.testing.assert_close(objective, expected, check_dtype=False)
+    found = torch.autograd.grad(objective, list(model.parameters()))
+    torch.testing.assert_close(found, gradients, atol=1e-6, rtol=1e-5)
+
+
 def test_evaluation_knows_the_loss_alone(batch):
     ids, targets = batch
     output = model_of()(ids, targets=targets)
@@ -61,6 +94,7 @@ def test_evaluation_knows_the_loss_alone(batch):
 
 def test_it_conforms_and_what_it_costs_is_counted():
     assert_conforms({"kind": "test_supervised"})
+    assert_conforms({"kind": "test_halting"})
 
 
 @pytest.mark.parametrize(
@@ -73,8 +107,8 @@ def test_it_conforms_and_what_it_costs_is_counted():
         ({"penalty_BL": torch.zeros(9)}, r"penalty_BL holds a tensor of shape \(9,\); must be \(2, 9\)"),
         ({"telemetry": {"auxiliary_loss": 1.0}}, "telemetry 'auxiliary_loss': .* choose another name"),
         (
-            {"also_predict": [(torch.zeros(2, 9, 16), torch.ones(2, 9))]},
-            r"also_predict holds a weight of shape \(2, 9\); must be a number",
+            {"also_predict": [(torch.zeros(2, 9, 16), torch.ones(9))]},
+            r"a weight of also_predict holds a tensor of shape \(9,\); must be \(2, 9\)",
         ),
         ({"hidden_BLD": torch.zeros(2, 9, 1, 16)}, r"hidden_BLD holds a tensor of shape \(2, 9, 1, 16\)"),
     ],

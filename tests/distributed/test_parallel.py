@@ -19,7 +19,7 @@ KINDS = {
     "sweeps": {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"},
     "softmax": {"kind": "latent_thoughts", "thoughts": 1, "feedback": "softmax"},
 }
-SUPERVISED = Path(__file__).parents[1] / "supervised.py"
+SUPERVISED, HALTING = (Path(__file__).parents[1] / name for name in ("supervised.py", "halting.py"))
 STEP = {"kind": "fsdp", "reshard": "step"}
 PASS = {"kind": "fsdp", "reshard": "pass"}
 
@@ -60,6 +60,10 @@ def cases_of_two():
             run={"micro_batch": 1}, recurrence={"kind": "test_supervised"}, parallel=parallel
         )
         cases[f"auxiliary_loss_{name}"] = {**supervised, "imports": [str(SUPERVISED)]}
+    halting = recipe_of(
+        recurrence={"kind": "test_halting"}, parallel={"kind": "context", "degree": 2, "reshard": "step"}
+    )
+    cases["auxiliary_loss_context"] = {**halting, "imports": [str(HALTING)]}
     cases["long"] = recipe_of(run={"steps": 50}, parallel=STEP)
     for count in (1, 5):
         jacobi = {"train": [count, count], "eval": 1}
