@@ -17,7 +17,10 @@ from lattice.console import say, table
 from lattice.recipe import Recipe
 from lattice.run_folder import leaves
 
+COUNTED = ("", "k", "M", "B", "T")
+"""Thousands of tokens and of parameters, as the field writes them."""
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+"""Of units."""
 
 
 def report(
@@ -62,7 +65,7 @@ def _tables(groups: Sequence[Group], base: Group, evaluators: Sequence[str]) -> 
     losses = [
         arms,
         ["seeds", *(str(len(group.runs)) for group in groups)],
-        _scaled("tokens, {}", [group.tokens for group in groups]),
+        _scaled("tokens, {}", [group.tokens for group in groups], COUNTED),
         _scaled("{}FLOP", [group.training_operations for group in groups]),
         _losses(groups, first),
         [f"against {base.name}", *against],
@@ -72,8 +75,8 @@ def _tables(groups: Sequence[Group], base: Group, evaluators: Sequence[str]) -> 
         losses.append(["bits/byte", *(f"{group.of(byte_key).mean:.4f}" for group in groups)])
     spent = [
         arms,
-        _scaled("params, {}", [cost.parameters for cost in costs]),
-        _scaled("in layers, {}", [cost.layer_parameters for cost in costs]),
+        _scaled("params, {}", [cost.parameters for cost in costs], COUNTED),
+        _scaled("in layers, {}", [cost.layer_parameters for cost in costs], COUNTED),
         _scaled("train {}FLOP", [cost.training_operations for cost in costs]),
         _scaled("infer {}FLOP", [cost.inference_operations for cost in costs]),
         ["tok/s", *(f"{group.tokens_per_second.mean:,.0f}" for group in groups)],
@@ -93,13 +96,13 @@ def _losses(groups: Sequence[Group], evaluator: str) -> list[str]:
     return [evaluator, *(_spread(group.of(f"{evaluator}{LOSS}")) for group in groups)]
 
 
-def _scaled(name: str, values: Sequence[float]) -> list[str]:
-    """A column of counts to three digits: its name with the prefix of its unit, the largest of which every
-    value is at least one, and the values in that unit."""
+def _scaled(name: str, values: Sequence[float], prefixes: Sequence[str] = PREFIXES) -> list[str]:
+    """A column of counts to three digits: its name with one of the prefixes, the largest of which every value
+    is at least one, and the values so divided."""
     least = min(values)
-    power = max((power for power in range(len(PREFIXES)) if 1000**power <= least), default=0)
+    power = max((power for power in range(len(prefixes)) if 1000**power <= least), default=0)
     shown = (_three_digits(value / 1000**power) for value in values)
-    return [name.format(PREFIXES[power]).removesuffix(", "), *shown]
+    return [name.format(prefixes[power]).removesuffix(", "), *shown]
 
 
 def _three_digits(value: float) -> str:

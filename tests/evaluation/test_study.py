@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lattice.compare import Group, Run, check_comparable, families_of, find_runs, groups_of
-from lattice.compare_report import _differences, _scaled, report
+from lattice.compare_report import COUNTED, _differences, _scaled, report
 from lattice.ledger import ledger
 from lattice.pictures import _curves, curves
 from lattice.recipe import RecipeError, load_recipe
@@ -573,6 +573,7 @@ def test_losses_are_shown_against_the_bases_run_of_the_same_seed(tmp_path, capsy
     [
         ([5.12e6, 24.5e6], ["tokens, M", "5.12", "24.5"]),
         ([0.14e15, 0.0645e15, 70e12, 1.4e15], ["tokens, T", "140", "64.5", "70.0", "1,400"]),
+        ([300e9, 1.4e9], ["tokens, B", "300", "1.40"]),
         ([10_112, 9_996, 0.5e6], ["tokens, k", "10.1", "10.0", "500"]),
         ([512, 999.9], ["tokens", "512", "1,000"]),
         ([2.85e7], ["tokens, M", "28.5"]),
@@ -580,7 +581,11 @@ def test_losses_are_shown_against_the_bases_run_of_the_same_seed(tmp_path, capsy
     ],
 )
 def test_a_column_has_one_unit_and_three_digits(values, column):
-    assert _scaled("tokens, {}", values) == column
+    assert _scaled("tokens, {}", values, COUNTED) == column
+
+
+def test_operations_have_the_prefixes_of_units():
+    assert _scaled("{}FLOP", [3e9, 5e12]) == ["GFLOP", "3.00", "5,000"]
 
 
 def test_what_an_arm_lacks_of_the_base_is_said():
