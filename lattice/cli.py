@@ -127,14 +127,15 @@ def new(role: str, name: str, *, dir_: Annotated[Path, Parameter(name="--dir")] 
 
 @app.command
 def check(target: str, *, set_: Set = None) -> None:
-    """Check that a recurrence keeps its promises: causal, decodable, exact in batches, as costly as it says.
+    """Check that a recurrence, backbone or mask keeps its promises: causal, decodable, exact in batches, as
+    costly as it says.
 
     Parameters
     ----------
     target
-        A file that registers recurrences, or the name of a kind.
+        A file that registers components, or the name of a kind.
     set_
-        Options of the recurrence, such as thoughts=2.
+        Options, such as thoughts=2, or recurrence.thoughts=2 where a file registers several components.
     """
     from lattice.console import check_shown
     from lattice.report import show_checks

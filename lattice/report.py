@@ -71,30 +71,29 @@ def _leaves(table_: dict[str, Any], above: Path_ = ()) -> list[tuple[Path_, str]
 
 
 def show_checks(target: str, overrides: Sequence[str]) -> bool:
-    """Runs the conformance kit on a file's recurrences, or a kind; shows the results; True if all hold."""
-    from lattice.testing.kit import CHECKS, run_checks
-    from lattice.testing.subject import BACKBONES
+    """Runs the conformance kit on what a file registers, or a kind; shows the results; True if all hold."""
+    from lattice.testing.kit import CHECKS, ROLES, run_checks
 
-    tables = _recurrences(target, overrides)
     held = True
-    for recurrence in tables:
+    for role, checked in _components(target, overrides):
         with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
-            task = bar.add_task(recurrence["kind"], total=len(CHECKS) * len(BACKBONES))
+            task = bar.add_task(checked["kind"], total=len(CHECKS) * len(ROLES[role][0]))
             results = []
-            for result in run_checks(recurrence):
+            for result in run_checks(role, checked):
                 results.append(result)
                 bar.advance(task)
         failed = [result for result in results if not result.held]
+        claims = {result.check: result.claim for result in results}
         rows = []
-        for name in CHECKS:
+        for name, claim in claims.items():
             of = [result for result in failed if result.check == name]
-            shown = "\n".join(f"{result.backbone}: {result.counterexample}" for result in of)
-            claim = next(result.claim for result in results if result.check == name)
+            shown = "\n".join(f"{result.beside}: {result.counterexample}" for result in of)
             rows.append([name, claim, shown or "holds"])
-        table(f"recurrence '{recurrence['kind']}'", ["check", "what it asserts", "result"], rows)
+        besides = ", ".join(dict.fromkeys(result.beside for result in results))
+        table(f"{role} '{checked['kind']}' with {besides}", ["check", "what it asserts", "result"], rows)
         broken = sorted({result.check for result in failed})
         say(
-            f"{len(broken)} of {len(CHECKS)} checks fail: {', '.join(broken)}"
+            f"{len(broken)} of {len(claims)} checks fail: {', '.join(broken)}"
             if broken
             else "all checks hold"
         )
@@ -102,27 +101,41 @@ def show_checks(target: str, overrides: Sequence[str]) -> bool:
     return held
 
 
-def _recurrences(target: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """The `[recurrence]` tables to check."""
-    kinds = [target]
+def _components(target: str, overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """What to check: roles and tables of a recipe."""
+    from lattice.testing.kit import ROLES
+    from lattice.testing.subject import small
+
     if target.endswith(".py"):
         registry.import_user_code(target, Path.cwd())
         module = registry.module_of((Path.cwd() / target).resolve())
-        kinds = list(registry.defined_in(module, "recurrence"))
-        if not kinds:
+        found = [(role, kind) for role in ROLES for kind in registry.defined_in(module, role)]
+        if not found:
             raise ValueError(
-                f'{target} registers no recurrence: put @register("recurrence", NAME) above a class'
+                f"{target} registers nothing that is checked ({', '.join(ROLES)}): put "
+                f'@register("recurrence", NAME) above a class'
             )
-    elif not target.isidentifier():
-        raise ValueError(
-            f"'{target}': must be a .py file that registers recurrences, or a kind of recurrence"
-        )
+    elif target.isidentifier():
+        found = [(role, target) for role in ROLES if target in registry.kinds(role)]
+        if not found:
+            registry.lookup("recurrence", target)
     else:
-        registry.lookup("recurrence", target)
-    # An option may be called as it is in a recipe.
-    options = [f"recurrence.{override.removeprefix('recurrence.')}" for override in overrides]
-    recipes = [load_recipe({"recurrence": {"kind": kind}}, options) for kind in kinds]
-    return [to_table(recipe.component("recurrence")) for recipe in recipes]
+        raise ValueError(
+            f"'{target}': must be a .py file that registers components, or a kind of {' or '.join(ROLES)}"
+        )
+    tables = []
+    for role, kind in found:
+        given = {"kind": kind}
+        # An option may be called as it is in a recipe; of several components, which one has it must be said.
+        others = {f"{other}." for other, _ in found} - {f"{role}."}
+        options = [
+            f"{role}.{override.removeprefix(f'{role}.')}"
+            for override in overrides
+            if not override.startswith(tuple(others))
+        ]
+        recipe = load_recipe({role: small(given) if role == "backbone" else given}, options)
+        tables.append((role, to_table(recipe.component(role))))
+    return tables
 
 
 def show_prefill(model: LanguageModel, what: str, *, parallel: bool) -> None:

@@ -205,8 +205,8 @@ def test_command(capsys, tmp_path, monkeypatch):
     for target, message in [
         ("lop", "did you mean 'loop'?"),
         ("gone.py", "gone.py does not exist"),
-        ("mine.toml", "must be a .py file that registers recurrences, or a kind"),
-        ("empty.py", "registers no recurrence"),
+        ("mine.toml", "must be a .py file that registers components, or a kind of recurrence or backbone"),
+        ("empty.py", "registers nothing that is checked (recurrence, backbone, mask)"),
     ]:
         Path("empty.py").write_text("")
         code, _, err = run(capsys, "check", target)

@@ -118,7 +118,7 @@ def batch_and_padding(subject: Subject) -> str | None:
     """A row of a padded batch gets what it gets alone, evaluated at once or decoded, and in a training step
     nothing from padding and other rows."""
     model, trained = subject.model(), subject.model().train()
-    for lengths in ([1, 2], [4, 1, 6]):
+    for lengths in ([1, 2], [4, 1, 7]):  # shifted by odd and even counts of padding
         longest = max(lengths)
         ids = subject.ids(len(lengths), longest)
         for left in (True, False):
@@ -146,7 +146,8 @@ def batch_and_padding(subject: Subject) -> str | None:
 def documents(subject: Subject) -> str | None:
     """Under the document mask a packed document gets what it gets alone, and in a training step nothing from
     other documents."""
-    component, mask = subject.without_stop, {"kind": "document"}
+    component = subject.without_stop
+    mask = to_table(subject.mask) if subject.mask.needs_documents else {"kind": "document"}
     model, trained = subject.model(component, mask=mask), subject.model(component, mask=mask).train()
     for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2]):
         ids = subject.rotations(len(numbers))

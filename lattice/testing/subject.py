@@ -1,4 +1,5 @@
-"""What the checks look at: a recurrence over a tiny backbone whose weights are far from their initial values.
+"""What the checks look at: a recurrence over a tiny backbone whose weights are far from their initial values,
+under a mask.
 
 Shapes: B batch, L tokens, V vocabulary.
 """
@@ -17,21 +18,31 @@ from lattice.build import build_model
 from lattice.draws import Draw
 from lattice.model import LanguageModel
 from lattice.options import to_table
-from lattice.protocols import Recurrence
+from lattice.protocols import Mask, Recurrence, Shape
 from lattice.recipe import Recipe, load_recipe
+from lattice.registry import lookup
 
 VOCABULARY, CONTEXT, LAYERS = 32, 32, 4
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": CONTEXT,
 }
+"""Options of a backbone that are small, where it has options so called."""
 BACKBONES: dict[str, dict[str, Any]] = {
-    "gpt_neox": {"kind": "gpt_neox", "num_attention_heads": 2, "rotary_pct": 0.5, **SIZES},
-    "llama": {"kind": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, **SIZES},
+    "gpt_neox": {"kind": "gpt_neox", **SIZES, "rotary_pct": 0.5},
+    "llama": {"kind": "llama", **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
+"""What recurrences are checked over."""
+RECURRENCES: dict[str, dict[str, Any]] = {
+    "none": {"kind": "none"},
+    "latent_thoughts": {"kind": "latent_thoughts", "thoughts": 2},
+}
+"""With what backbones and masks are checked."""
+CAUSAL: dict[str, Any] = {"kind": "causal"}
 BATCHES = ((1, 1), (1, 2), (1, 3), (2, 4), (2, CONTEXT))
 """(B, L), small ones first, so that the first counterexample is the smallest; the last fills the context, and
 every token is in it: what a recurrence does may depend on which it is."""
@@ -39,17 +50,34 @@ EXACT = 1e-8
 """Largest difference of logits, in float64, that is rounding."""
 
 
-class Subject:
-    """One recurrence over one backbone."""
+def small(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's table with those of its sizes that are not given."""
+    has = {option.name for option in dataclasses.fields(lookup("backbone", backbone["kind"]))}
+    return {**{name: size for name, size in SIZES.items() if name in has}, **backbone}
 
-    def __init__(self, recurrence: Mapping[str, Any], backbone: str) -> None:
-        self.backbone = backbone
-        self.component: Recurrence = load_recipe({"recurrence": dict(recurrence)}).component("recurrence")
+
+class Subject:
+    """One recurrence over one backbone, which is small where its table says nothing, under one mask. Raises
+    RecipeError for options that cannot be, ValueError for another size than the checks need."""
+
+    def __init__(
+        self, recurrence: Mapping[str, Any], backbone: Mapping[str, Any], mask: Mapping[str, Any] = CAUSAL
+    ) -> None:
+        self._tables = {"backbone": small(backbone), "mask": dict(mask)}
+        recipe = load_recipe({**self._tables, "recurrence": dict(recurrence)})
+        self.component: Recurrence = recipe.component("recurrence")
+        self.mask: Mask = recipe.component("mask")
+        shape: Shape = recipe.component("backbone").shape
+        for size, needed in (("num_layers", LAYERS), ("vocab_size", VOCABULARY), ("context", CONTEXT)):
+            if getattr(shape, size) != needed:
+                raise ValueError(
+                    f"backbone '{backbone['kind']}': shape.{size} is {getattr(shape, size)}; the checks need "
+                    f"{needed}: set the option that says so"
+                )
 
     def recipe(self, component: Recurrence | None = None, **tables: Any) -> Recipe:
         component = component or self.component
-        table = {"backbone": BACKBONES[self.backbone], "recurrence": to_table(component), **tables}
-        recipe = load_recipe(table)
+        recipe = load_recipe({**self._tables, "recurrence": to_table(component), **tables})
         # A table cannot say None, which an option may be other than by default.
         return dataclasses.replace(recipe, components={**recipe.components, "recurrence": component})
 
