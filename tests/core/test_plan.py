@@ -1,5 +1,6 @@
 """Predicted memory against that of real tensors; plans against arithmetic by hand."""
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -54,11 +55,20 @@ def recipe_of(backbone="gpt_neox", recurrence="thoughts", **tables):
     )
 
 
-@pytest.mark.parametrize("backbone", list(BACKBONES))
-@pytest.mark.parametrize("recurrence", list(RECURRENCES))
-@pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("mask", ["causal", "document"])
+SETTINGS = [list(BACKBONES), list(RECURRENCES), list(CHECKPOINTING), ["fp32", "bf16"], ["causal", "document"]]
+
+
+def half(settings):
+    """Of all combinations those whose places add up to an even number: any four settings meet in every way."""
+    places = itertools.product(*(range(len(of_one)) for of_one in settings))
+    return [
+        tuple(of_one[at] for of_one, at in zip(settings, place, strict=True))
+        for place in places
+        if sum(place) % 2 == 0
+    ]
+
+
+@pytest.mark.parametrize(("backbone", "recurrence", "checkpointing", "precision", "mask"), half(SETTINGS))
 def test_predicted_memory(backbone, recurrence, checkpointing, precision, mask):
     """Of a step on fake tensors, and of the same on real ones."""
     tables = {"activation_checkpoint": CHECKPOINTING[checkpointing], "precision": {"kind": precision}}
@@ -80,9 +90,7 @@ def test_predicted_memory(backbone, recurrence, checkpointing, precision, mask):
     assert predicted.optimizer == moments == 2 * weights
     assert predicted.gradients <= weights
     accumulated = step_memory(recipe, rows=4, length=32, micro_batches=3)
-    optimizer.zero_grad()
-    for _ in range(2):  # the second adds to the first one's gradients
-        live = traced_step(model, ids, recipe.component("precision"), documents_BL=documents)
+    live = traced_step(model, ids, recipe.component("precision"), documents_BL=documents)  # adds to gradients
     assert accumulated.total == pytest.approx(live.peak + moments, rel=0.02)
     assert accumulated.gradients == weights
 
