@@ -59,7 +59,7 @@ SETTINGS = [list(BACKBONES), list(RECURRENCES), list(CHECKPOINTING), ["fp32", "b
 
 
 def half(settings):
-    """Of all combinations those whose places add up to an even number: any four settings meet in every way."""
+    """Of all combinations those whose places have an even sum: any four settings meet in every way."""
     places = itertools.product(*(range(len(of_one)) for of_one in settings))
     return [
         tuple(of_one[at] for of_one, at in zip(settings, place, strict=True))
