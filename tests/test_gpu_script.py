@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_a_failed_case_is_a_line_and_the_exit_status(script, tmp_path, monkeypat
     assert len(rows) > 1
     assert not any(row["ok"] for row in rows)
     assert {row["error"] for row in rows} == {"ZeroDivisionError: division by zero"}
+
+
+def test_without_pytest_all_other_cases_are_tried(script, tmp_path, monkeypatch):
+    parts = importlib.import_module("gpu_parity")
+    monkeypatch.setattr(parts, "formats", lambda options: ())
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    assert script.main(["parity", *TINY, "--out", str(tmp_path)]) == 1
+    golden, *others = lines(tmp_path, "parity")
+    assert "pytest" in golden["error"]
+    assert others
+    assert all(row["ok"] for row in others)
 
 
 @pytest.mark.filterwarnings("ignore:.*multiplies the embeddings by:UserWarning")
