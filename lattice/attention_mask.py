@@ -88,6 +88,11 @@ def _rows(queries: Slots, keys: Slots) -> int:
 
 def _check(mask: Mask, further: Tensor, queries: Slots, keys: Slots) -> None:
     size = _rows(queries, keys), len(queries.stage_S), len(keys.stage_S)
+    if not isinstance(further, Tensor):
+        raise ValueError(
+            f"mask '{kind_of(mask)}': sees() gave {further!r}; must be None, or a tensor of booleans that "
+            f"broadcasts to {size}: an attribute of a side that a batch lacks is None"
+        )
     fits = further.dim() == 3 and all(a in (1, b) for a, b in zip(further.shape, size, strict=True))
     if further.dtype != torch.bool or not fits:
         raise ValueError(

@@ -27,7 +27,7 @@ from lattice.console import console
 from lattice.draws import Draw, Most
 from lattice.generate import stream
 from lattice.hardware import choose_device
-from lattice.ledger import Ledger, ledger
+from lattice.ledger import Ledger, dearest_step, ledger
 from lattice.live_tensors import LiveTensors
 from lattice.model import Output
 from lattice.options import to_table
@@ -169,7 +169,7 @@ class Workload:
         there, and what draws its iterations takes them as they come. Memory is that of the most."""
         run, done = self.case.recipe.run, len(self.seconds)
         if done == self.options.warm_up + self.options.repetitions:
-            return Most(run.seed, run.steps - 1)
+            return Most(run.seed, dearest_step(self.case.recipe))
         return Draw(run.seed, self._step(done))
 
     def _step(self, done: int) -> int:

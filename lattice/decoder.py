@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lattice.cache import LayerCache
 from lattice.one_row import attention
-from lattice.protocols import Initialization
+from lattice.protocols import Initialization, Shape
 from lattice.sharded import put
 
 
@@ -181,16 +181,34 @@ class Decoder(nn.Module, ABC):
 
     @torch.no_grad()
     def initialize(self, scheme: Initialization) -> None:
-        """Draws every weight anew from the global generator of the CPU, in the order of the module tree."""
+        """Draws every weight anew from the global generator of the CPU, in the order of the module tree:
+        those of linears and embeddings as the scheme says; norms are 1, biases 0; any other module sets its
+        own by `reset_parameters`. Raises ValueError for a parameter that nothing sets."""
         residual = {id(linear) for linear in self.residual_projections()}
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+        for name, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            weight, bias = own.pop("weight", None), own.pop("bias", None)
+            drawn = isinstance(module, nn.Linear | nn.Embedding)
+            if own or not (drawn or weight is None or weight.dim() == 1):
+                self._reset(name, module, own or ["weight"])
+                continue
+            if weight is not None and drawn:
                 std = scheme.residual_std if id(module) in residual else scheme.std
-                put(module.weight, _drawn(module.weight, std, scheme.truncate))
-            elif (weight := getattr(module, "weight", None)) is not None:
+                put(weight, _drawn(weight, std, scheme.truncate))
+            elif weight is not None:
                 weight.fill_(1.0)
-            if (bias := getattr(module, "bias", None)) is not None:
+            if bias is not None:
                 bias.zero_()
+
+    def _reset(self, name: str, module: nn.Module, own: Iterable[str]) -> None:
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None or isinstance(module, nn.Linear | nn.Embedding):  # theirs knows nothing of more
+            first = ".".join(filter(None, (name, next(iter(own)))))
+            raise ValueError(
+                f"{type(self).__name__}: nothing sets parameter '{first}', which is that of no linear, "
+                f"embedding or norm: give {type(module).__name__} a method `reset_parameters` that does"
+            )
+        reset()
 
 
 def _drawn(like: Tensor, std: float, truncate: float | None) -> Tensor:
@@ -243,3 +261,31 @@ def attend(
         options = {"attn_mask": mask.allowed, "is_causal": mask.causal, **sharing}
         out_BHSE = attention(query_BHSE, key_BGSE, value_BGSE, **options)
     return out_BHSE.transpose(1, 2).flatten(2)
+
+
+def check_decoder(decoder: Any, kind: str, shape: Shape) -> None:
+    """Raises TypeError where what a backbone of this kind builds is no Decoder, ValueError where it is not of
+    the shape that the backbone declares."""
+    if not isinstance(decoder, Decoder):
+        raise TypeError(
+            f"backbone '{kind}': build() returns a {type(decoder).__name__}; must be a lattice Decoder "
+            "(lattice.decoder)"
+        )
+    blocks = decoder.blocks
+    if not isinstance(blocks, nn.ModuleList) or not all(isinstance(block, Block) for block in blocks):
+        raise TypeError(
+            f"backbone '{kind}': blocks is a {type(blocks).__name__} of "
+            f"{', '.join(sorted({type(block).__name__ for block in blocks}))}; must be a ModuleList of "
+            "lattice.decoder.Block"
+        )
+    for what, found, declared in (
+        ("layers", len(blocks), shape.num_layers),
+        ("rows and columns of the embedding", tuple(decoder.embedding.weight.shape), _head(shape)),
+        ("rows and columns of the head", tuple(decoder.head.weight.shape), _head(shape)),
+    ):
+        if found != declared:
+            raise ValueError(f"backbone '{kind}': {found} {what}; its shape declares {declared}")
+
+
+def _head(shape: Shape) -> tuple[int, int]:
+    return shape.vocab_size, shape.hidden_size

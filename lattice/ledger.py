@@ -5,6 +5,8 @@ Operations are the model's; what activation checkpointing computes again is coun
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +18,8 @@ from lattice.recipe import Recipe
 
 BACKWARD = 2
 """Operations of the backward pass for each of the forward pass."""
-SAMPLED = 256
-"""Steps of a training that are looked at, where they differ in cost."""
+SAMPLED = 4096
+"""Steps of a training that are looked at, at most, where they differ in cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,45 @@ def training_passes(recipe: Recipe, steps: Sequence[int] | None = None) -> list[
     and over their draws."""
     recurrence: Recurrence = recipe.component("recurrence")
     shape = recipe.component("backbone").shape
-    steps = range(recipe.run.steps) if steps is None else steps
-    if type(recurrence).passes_at is Recurrence.passes_at:  # one step tells
-        steps = steps[:1]
-    chosen = min(len(steps), SAMPLED)
-    sampled = [steps[(2 * index + 1) * len(steps) // (2 * chosen)] for index in range(chosen)]
+    sampled = _sampled(recurrence, range(recipe.run.steps) if steps is None else steps)
     lists = Counter(tuple(recurrence.passes_at(shape, step)) for step in sampled)
     return [
-        replace(one, times=one.times * share / chosen) for passes, share in lists.items() for one in passes
+        replace(one, times=one.times * share / len(sampled))
+        for passes, share in lists.items()
+        for one in passes
     ]
+
+
+def dearest_step(recipe: Recipe) -> int:
+    """The step of a training that sends the most slots through the layers with gradients, the last of several
+    such."""
+    recurrence: Recurrence = recipe.component("recurrence")
+    shape = recipe.component("backbone").shape
+
+    def slots(step: int) -> float:
+        passes = recurrence.passes_at(shape, step)
+        return sum(one.token_passes(shape.num_layers) for one in passes if one.gradients)
+
+    last = recipe.run.steps - 1
+    if _constant(recurrence):
+        return last
+    return max([last, *reversed(_sampled(recurrence, range(last)))], key=slots)
+
+
+def _constant(recurrence: Recurrence) -> bool:
+    """Whether one step tells what all cost."""
+    return type(recurrence).passes_at is Recurrence.passes_at
+
+
+def _sampled(recurrence: Recurrence, steps: Sequence[int]) -> list[int]:
+    """Those steps that tell of all: of very many, one that is drawn from each of parts of equal length, so
+    that what comes back every few steps is met as often as it comes."""
+    parts = 1 if _constant(recurrence) else SAMPLED
+    if len(steps) <= parts:
+        return list(steps)
+    bounds = [len(steps) * part // parts for part in range(parts + 1)]
+    drawn = random.Random(0)
+    return [steps[drawn.randrange(*part)] for part in itertools.pairwise(bounds)]
 
 
 def operations_of(

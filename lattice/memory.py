@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 from lattice.attention_mask import BLOCKS_FROM, made_up_documents
 from lattice.build import undrawn_model
 from lattice.draws import Draw, Most
+from lattice.ledger import dearest_step
 from lattice.live_tensors import LiveTensors
 from lattice.model import LanguageModel
 from lattice.protocols import Optimizer, Precision, kind_of
@@ -55,7 +56,8 @@ def step_memory(
 ) -> StepMemory:
     """Predicted for a step of `micro_batches`, each of `rows` sequences of `length` tokens, with the most
     iterations that it may draw, by computing one of them on fake tensors, after the optimizer's first step.
-    It is the last step of the training: what thinks more from step to step thinks most there. On a `gpu`
+    It is the last step of the training, where what thinks more from step to step thinks most, or of a
+    curriculum the dearest one. On a `gpu`
     attention over long sequences holds no pairs of slots, whatever the mask. Raises NotPredicted."""
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
@@ -71,7 +73,7 @@ def step_memory(
         if micro_batches > 1:  # from the second on, all gradients are there from the start
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        most = Most(recipe.run.seed, recipe.run.steps - 1)
+        most = Most(recipe.run.seed, dearest_step(recipe))
         try:
             live = traced_step(model, ids_BL, precision, documents_BL=documents_BL, draw=most)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lattice.cache import KVCache
+from lattice.decoder import check_decoder
 from lattice.draws import Draw
 from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled, kind_of
 from lattice.registry import check_unroll
@@ -80,6 +81,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.components: dict[str, Any] = {"backbone": backbone, "recurrence": recurrence, "mask": mask}
         self.decoder = backbone.build()
+        check_decoder(self.decoder, kind_of(backbone), backbone.shape)
         self.unroll = recurrence.build(backbone.shape)
         check_unroll(self.unroll)
         self.shape = backbone.shape
@@ -133,13 +135,18 @@ class LanguageModel(nn.Module):
         return self.loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, *by_token)
 
     def _auxiliary(self, unrolled: Unrolled, targets_BL: Tensor) -> Tensor:
-        """Raises ValueError for other shapes than those of the tokens."""
+        """Raises ValueError for other shapes than those of the tokens, TypeError for what is no weight."""
         total = unrolled.hidden_BLD.new_zeros((), dtype=torch.float32)
         for hidden_BLD, weight in unrolled.also_predict:
             self._check_shape("also_predict", hidden_BLD, unrolled.hidden_BLD.shape)
+            if not isinstance(weight, Tensor | int | float):
+                raise TypeError(
+                    f"recurrence '{kind_of(self.recurrence)}': a weight of also_predict is a "
+                    f"{type(weight).__name__}; must be a number or a tensor"
+                )
             if isinstance(weight, Tensor) and weight.dim():
                 self._check_shape("a weight of also_predict", weight, targets_BL.shape)
-                total = total + self._loss(hidden_BLD, targets_BL, weight)[0]
+                total = total + self._loss(hidden_BLD, targets_BL, weight.float())[0]
             else:
                 total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
         if unrolled.penalty_BL is not None:

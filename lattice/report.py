@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,11 @@ def _components(target: str, overrides: Sequence[str]) -> list[tuple[str, dict[s
     elif target.isidentifier():
         found = [(role, target) for role in ROLES if target in registry.kinds(role)]
         if not found:
-            registry.lookup("recurrence", target)
+            known = sorted(kind for role in ROLES for kind in registry.kinds(role))
+            raise ValueError(
+                f"'{target}' is no kind of {' or '.join(ROLES)}{registry.nearest(target, known)} "
+                f"Known: {', '.join(known)}"
+            )
     else:
         raise ValueError(
             f"'{target}': must be a .py file that registers components, or a kind of {' or '.join(ROLES)}"
@@ -126,16 +131,24 @@ def _components(target: str, overrides: Sequence[str]) -> list[tuple[str, dict[s
     tables = []
     for role, kind in found:
         given = {"kind": kind}
-        # An option may be called as it is in a recipe; of several components, which one has it must be said.
-        others = {f"{other}." for other, _ in found} - {f"{role}."}
+        # An option may be called as it is in a recipe; of several roles, which one has it must be said.
+        others = tuple(f"{other}." for other, _ in found if other != role)
+        here = [one.removeprefix(f"{role}.") for one in overrides if not one.startswith(others)]
+        alike = [other for at, other in found if at == role]
         options = [
-            f"{role}.{override.removeprefix(f'{role}.')}"
-            for override in overrides
-            if not override.startswith(tuple(others))
+            f"{role}.{option}"
+            for option in here
+            if _has(role, kind, option) or not any(_has(role, other, option) for other in alike)
         ]
         recipe = load_recipe({role: small(given) if role == "backbone" else given}, options)
         tables.append((role, to_table(recipe.component(role))))
     return tables
+
+
+def _has(role: str, kind: str, option: str) -> bool:
+    """Whether that kind has the option of an override, be the value right or not."""
+    name = re.split(r"[.=]", option, maxsplit=1)[0]
+    return name in {field.name for field in fields(registry.lookup(role, kind))}
 
 
 def show_prefill(model: LanguageModel, what: str, *, parallel: bool) -> None:

@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+import lattice
 from lattice import cli, register
 from lattice.components.backbone.llama import Llama
 from lattice.protocols import Mask
-from lattice.testing import CHECKS, assert_conforms, check_component
+from lattice.testing import BACKBONES, CHECKS, assert_conforms, check_component
 
 
 @register("backbone", "test_costly")
@@ -54,6 +56,55 @@ class Even(Mask):
         return (key.token % 2 == 0) | (key.token == query.token)
 
 
+@register("mask", "test_chunked")
+@dataclass(frozen=True, kw_only=True)
+class Chunked(Mask):
+    """Chunks of the row, of which a token sees its own: with padding before it, another one."""
+
+    size: int = 4
+    needs_documents: bool = False
+
+    def sees(self, query, key):
+        return query.token // self.size == key.token // self.size
+
+
+@register("mask", "test_sinks")
+@dataclass(frozen=True, kw_only=True)
+class Sinks(Mask):
+    """It asks for the first of all keys, which one pair does not have."""
+
+    needs_documents = False
+
+    def sees(self, query, key):
+        return (query.position - key.position < 3) | (key.position == key.position[..., :1])
+
+
+@register("mask", "test_no_tensor")
+@dataclass(frozen=True, kw_only=True)
+class NoTensor(Mask):
+    """Where there are no documents it says so by a bool."""
+
+    needs_documents = False
+
+    def sees(self, query, key):
+        return query.document == key.document
+
+
+@register("mask", "test_forgetful")
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(Mask):
+    """Its option changes whenever it is read."""
+
+    window: int = 40
+    needs_documents = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "window", self.window + 1)
+
+    def sees(self, query, key):
+        return query.position - key.position < self.window
+
+
 @register("mask", "test_documents_unseen")
 @dataclass(frozen=True, kw_only=True)
 class DocumentsUnseen(Mask):
@@ -91,6 +142,80 @@ def test_mistakes_are_caught():
     assert "causality" in broken("backbone", "test_smoothed", ["shapes", "causality"])
     assert broken("mask", "test_even", ["shapes", "causality", "batch and padding"]) == {"batch and padding"}
     assert broken("mask", "test_documents_unseen") == {"documents"}
+    assert broken("mask", "test_sinks") == {"pairs"}
+    assert broken("mask", "test_forgetful", ["shapes", "save and load"]) == {"save and load"}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 7, 8, 16, 27])
+def test_what_padding_and_documents_shift_is_caught_whatever_its_size(size):
+    (one, _) = check_component("mask", {"kind": "test_chunked", "size": size}, checks=["batch and padding"])
+    assert not one.held
+    table = {"kind": "test_chunked", "size": size, "needs_documents": True}
+    (one, _) = check_component("mask", table, checks=["documents"])
+    assert not one.held
+
+
+def test_what_a_mask_says_is_named():
+    (one, _) = check_component("mask", {"kind": "test_no_tensor"}, checks=["shapes"])
+    assert (
+        "mask 'test_no_tensor': sees() gave True; must be None, or a tensor of booleans" in one.counterexample
+    )
+
+
+class Gain(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(size))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+class SetGain(Gain):
+    def reset_parameters(self):
+        nn.init.constant_(self.gain, 0.5)
+
+
+@register("backbone", "test_gained")
+@dataclass(frozen=True, kw_only=True)
+class Gained(Llama):
+    """Its last norm has a gain, too."""
+
+    gains = SetGain
+    layers = 0
+
+    @property
+    def shape(self):
+        return replace(super().shape, num_layers=self.num_hidden_layers + self.layers)
+
+    def build(self):
+        decoder = super().build()
+        decoder.model.norm = nn.Sequential(decoder.model.norm, self.gains(self.hidden_size))
+        return decoder
+
+
+def test_a_parameter_is_set_by_its_module_or_named(monkeypatch):
+    recipe = {"backbone": {**BACKBONES["llama"], "kind": "test_gained"}, "recurrence": {"kind": "none"}}
+    state = lattice.build_model(recipe).state_dict()
+    assert (state["decoder.model.norm.1.gain"] == 0.5).all()
+    assert (state["decoder.model.norm.0.weight"] == 1).all()
+    monkeypatch.setattr(Gained, "gains", Gain)
+    with pytest.raises(
+        ValueError, match=r"nothing sets parameter 'model\.norm\.1\.gain'.* give Gain a method"
+    ):
+        lattice.build_model(recipe)
+
+
+def test_what_is_no_decoder_of_the_declared_shape_is_named(monkeypatch):
+    recipe = {"backbone": {**BACKBONES["llama"], "kind": "test_gained"}, "recurrence": {"kind": "none"}}
+    monkeypatch.setattr(Gained, "layers", 1)
+    with pytest.raises(ValueError, match="backbone 'test_gained': 4 layers; its shape declares 5"):
+        lattice.build_model(recipe)
+    monkeypatch.setattr(Gained, "build", lambda self: nn.Linear(2, 2))
+    with pytest.raises(
+        TypeError, match=r"backbone 'test_gained': build\(\) returns a Linear; must be a lattice Dec"
+    ):
+        lattice.build_model(recipe)
 
 
 def test_what_cannot_be_checked():
@@ -98,9 +223,9 @@ def test_what_cannot_be_checked():
         check_component("loss", {"kind": "cross_entropy"})
     with pytest.raises(ValueError, match="recurrence = 'llama': must be one of none, latent_thoughts"):
         assert_conforms({"kind": "causal"}, role="mask", backbone="llama")
-    with pytest.raises(ValueError, match="check = 'causality': must be one of documents"):
+    with pytest.raises(ValueError, match="check = 'causality': must be one of documents, pairs"):
         check_component("mask", {"kind": "document"}, checks=["causality"])
-    with pytest.raises(ValueError, match=r"backbone 'llama': shape\.num_layers is 3; the checks need 4"):
+    with pytest.raises(ValueError, match=r"backbone 'llama': shape\.num_layers is 3, and must be 4 for"):
         check_component("backbone", {"kind": "llama", "num_hidden_layers": 3})
 
 
@@ -117,17 +242,21 @@ from lattice.components.mask.document import Document
 class Mine(Llama):
     layers: int = 6
 
-    @property
-    def shape(self):
-        from dataclasses import replace
-
-        return replace(super().shape, num_layers=self.layers)
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "num_hidden_layers", self.layers)
 
 
 @register("mask", "mask_of_mine")
 @dataclass(frozen=True, kw_only=True)
 class Window(Document):
     pass
+
+
+@register("mask", "other_mask_of_mine")
+@dataclass(frozen=True, kw_only=True)
+class Other(Document):
+    width: int = 3
 """
 
 
@@ -145,13 +274,13 @@ def test_command(capsys, tmp_path, monkeypatch):
 
     code, said = run()
     assert code == 2
-    assert "backbone 'llama_of_mine': shape.num_layers is 6; the checks need 4" in said.err
-    code, said = run("--set", "backbone.layers=4", "mask.window=2")
+    assert "backbone 'llama_of_mine': shape.num_layers is 6, and must be 4 for the checks" in said.err
+    code, said = run("--set", "backbone.layers=4", "mask.window=2", "mask.width=4")
     assert code == 0, said
     shown = " ".join(said.out.split())
     assert "backbone 'llama_of_mine' with none, latent_thoughts" in shown
     assert "mask 'mask_of_mine' with none, latent_thoughts" in shown
-    assert said.out.count("all checks hold") == 2
+    assert said.out.count("all checks hold") == 3
     assert all(shown.count(check) >= 1 for check in CHECKS)
     for settings, message in [
         (("backbone.layers=4", "mask.size=2"), "mask.size: unknown option"),

@@ -55,7 +55,7 @@ def _chunk_loss(
     if weights_C is None:
         return F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
     losses_C = F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="none")
-    return (weights_C.float() * losses_C).sum()
+    return (weights_C.float().masked_fill(targets_C == -100, 0) * losses_C).sum()
 
 
 class _WithGradients(torch.autograd.Function):

@@ -10,16 +10,19 @@ import operator
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
+from lattice.attention_mask import allowed, block_mask
 from lattice.draws import Draw
 from lattice.ledger import ledger, operations_of, training_passes
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.recipe import load_recipe
+from lattice.slots import Slots, Tokens
 from lattice.testing.counted import operations, slots_of
 from lattice.testing.subject import (
     BATCHES,
@@ -118,14 +121,15 @@ def batch_and_padding(subject: Subject) -> str | None:
     """A row of a padded batch gets what it gets alone, evaluated at once or decoded, and in a training step
     nothing from padding and other rows."""
     model, trained = subject.model(), subject.model().train()
-    for lengths in ([1, 2], [4, 1, 7]):  # shifted by odd and even counts of padding
+    # Rows of several tokens are shifted by 2 and by 5, and nearly fill the context.
+    for lengths in ([1, 2], [5, 2, 7], [CONTEXT - 5, CONTEXT - 2, CONTEXT]):
         longest = max(lengths)
         ids = subject.ids(len(lengths), longest)
         for left in (True, False):
             where = f"lengths {lengths}, padded on the {'left' if left else 'right'}"
             mask = padded(lengths, left=left)
             ways: dict[str, Any] = {"forward": model(ids, attention_mask=mask).logits}
-            if left:
+            if left and longest < CONTEXT:
                 ways["decoding"] = stepwise(model, ids, mask)
             for row, real in enumerate(mask.bool()):
                 alone = ids[row : row + 1, real]
@@ -149,7 +153,7 @@ def documents(subject: Subject) -> str | None:
     component = subject.without_stop
     mask = to_table(subject.mask) if subject.mask.needs_documents else {"kind": "document"}
     model, trained = subject.model(component, mask=mask), subject.model(component, mask=mask).train()
-    for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2]):
+    for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2], [0] * 5 + [1] * 17 + [2] * (CONTEXT - 22)):
         ids = subject.rotations(len(numbers))
         document = torch.tensor(numbers).expand_as(ids)
         packed = model(ids, documents=document).logits
@@ -182,6 +186,24 @@ def _from_others(
             gaps = [(difference(before[what][kept], after[what][kept]), what) for what in before]
             changes[index] = max(changes[index], *gaps)
     return changes
+
+
+def pairs(subject: Subject) -> str | None:
+    """The mask says of one pair of slots, as FlexAttention asks it on a GPU, what it says of all at once."""
+    mask, ids = subject.mask, subject.ids(2, 7)
+    document = torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand_as(ids) if mask.needs_documents else None
+    for lengths in ([7, 7], [4, 7]):
+        present = None if lengths == [7, 7] else padded(lengths, left=True)
+        slots = Slots.interleaved(Tokens.of(ids, present, document), subject.component.slots)
+        seen = allowed(mask, slots, slots)
+        if seen is None:
+            continue
+        one_pair = block_mask(mask, slots, slots).mask.mask_mod
+        for place in product(range(2), *(range(len(slots.stage_S)) for _ in "qk")):
+            row, query, key = map(torch.tensor, place)
+            if bool(one_pair(row, torch.tensor(0), query, key)) != bool(seen.expand(2, -1, -1)[place]):
+                return f"lengths {lengths}: of slots {place[1]} and {place[2]} of row {place[0]} it differs"
+    return None
 
 
 def branches(subject: Subject) -> str | None:
@@ -237,8 +259,8 @@ def determinism(subject: Subject) -> str | None:
 
 
 def cost(subject: Subject) -> str | None:
-    """Token-passes, operations and slots are as declared: at evaluation, in a training step with its backward
-    pass, and in decoding."""
+    """Token-passes, operations, slots and numbers in the cache are as declared: at evaluation, in a training
+    step with its backward pass, and in decoding."""
     for when, what, counted, declared in _costs(subject):
         missed = [one - other for one, other in zip(counted, declared, strict=True)]
         # Five standard errors, from what two draws of the same step differ by.
@@ -281,6 +303,7 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], list[float
     _, cache = model.prefill(prompt, parallel=True)
     slots = 0 if cache.slots is None else len(cache.slots.stage_S)
     yield "the cache that stack.run is given", "slots", [slots / len(prompt[0])], [component.slots]
+    yield "the cache", "numbers", [cache.numbers / len(prompt[0])], [costs.cached_numbers]
     decode = partial(model.step, ids[:, :1], cache)
     yield "decoding", "token-passes", [_slots(model, decode)], [costs.inference_token_passes]
     yield "decoding", "operations", [operations(decode)], [costs.inference_operations]
@@ -314,10 +337,13 @@ def _slots_and_operations(model: LanguageModel, call: Callable[[], Any]) -> tupl
 
 def save_and_load(subject: Subject) -> str | None:
     """Options survive a recipe, and weights a file: the model that comes back gives the same logits."""
-    table = to_table(subject.component)
-    again = load_recipe({"recurrence": table}).component("recurrence")
-    if again != subject.component:
-        return f"the options {table} come back from a recipe as {to_table(again)}"
+    tables = subject.recipe().table()
+    for role, one in subject.recipe().components.items():
+        if (
+            role in ("recurrence", "backbone", "mask")
+            and (again := load_recipe(tables).component(role)) != one
+        ):
+            return f"the options {to_table(one)} come back from a recipe as {to_table(again)}"
     model, other, ids = subject.model(), subject.model(seed=6), subject.ids(2, 4)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     try:

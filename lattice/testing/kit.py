@@ -19,6 +19,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "cached decoding": checks.cached_decoding,
     "batch and padding": checks.batch_and_padding,
     "documents": checks.documents,
+    "pairs": checks.pairs,
     "branches": checks.branches,
     "gradients": checks.gradients,
     "determinism": checks.determinism,
@@ -26,6 +27,8 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "save and load": checks.save_and_load,
 }
 """By name. Each takes a Subject and returns a counterexample or None."""
+OF_DOCUMENTS = ("documents", "pairs")
+"""Those of masks that need documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ def run_checks(
         _known("backbone" if role == "recurrence" else "recurrence", beside, known)
         subject = subject_of(table, beside)
         # A mask that needs documents says nothing of a batch that has none.
-        able = ["documents"] if subject.mask.needs_documents else list(CHECKS)
+        able = OF_DOCUMENTS if subject.mask.needs_documents else tuple(CHECKS)
         for name in names or able:
             _known("check", name, able)
             claim = " ".join((CHECKS[name].__doc__ or "").split())
@@ -90,7 +93,7 @@ def check_component(
     role: str, table: Mapping[str, Any], *, checks: Sequence[str] | None = None
 ) -> list[CheckResult]:
     """All checks, or those that are named, of a recurrence over several backbones, or of a backbone or a mask
-    with several recurrences. A mask that needs documents has the check of that name alone.
+    with several recurrences. Of a mask that needs documents only how it treats these is looked at.
 
     `table` is that of a recipe, its kind registered; sizes that a backbone's does not give are small. What is
     raised in a check is a result. Raises RecipeError for options that cannot be, ValueError for a role or

@@ -68,12 +68,17 @@ class Subject:
         self.component: Recurrence = recipe.component("recurrence")
         self.mask: Mask = recipe.component("mask")
         shape: Shape = recipe.component("backbone").shape
-        for size, needed in (("num_layers", LAYERS), ("vocab_size", VOCABULARY), ("context", CONTEXT)):
-            if getattr(shape, size) != needed:
-                raise ValueError(
-                    f"backbone '{backbone['kind']}': shape.{size} is {getattr(shape, size)}; the checks need "
-                    f"{needed}: set the option that says so"
-                )
+        needed = {"num_layers": LAYERS, "vocab_size": VOCABULARY, "context": CONTEXT}
+        others = [
+            f"shape.{size} is {getattr(shape, size)}, and must be {value}"
+            for size, value in needed.items()
+            if getattr(shape, size) != value
+        ]
+        if others:
+            raise ValueError(
+                f"backbone '{backbone['kind']}': {'; '.join(others)} for the checks: set the options that "
+                "say so"
+            )
 
     def recipe(self, component: Recurrence | None = None, **tables: Any) -> Recipe:
         component = component or self.component

@@ -121,6 +121,28 @@ def test_what_does_not_fit_is_named(batch, change, message):
         model(ids, targets=targets, draw=DRAW)
 
 
+def with_weight(model, weight):
+    right = model.unroll
+
+    def unroll(*inputs, **named):
+        unrolled = right(*inputs, **named)
+        return dataclasses.replace(unrolled, also_predict=[(unrolled.hidden_BLD, weight)], penalty_BL=None)
+
+    model.unroll = unroll
+    return model
+
+
+def test_tokens_may_be_chosen_by_booleans_and_what_does_not_count_may_be_no_number(batch):
+    ids, targets = batch
+    chosen = ids % 2 == 0
+    expected = with_weight(model_of(), chosen.double())(ids, targets=targets, draw=DRAW).objective
+    assert with_weight(model_of(), chosen)(ids, targets=targets, draw=DRAW).objective == expected
+    weights = chosen.double().masked_fill(targets == -100, float("nan"))
+    assert with_weight(model_of(), weights)(ids, targets=targets, draw=DRAW).objective == expected
+    with pytest.raises(TypeError, match="a weight of also_predict is a list; must be a number or a tensor"):
+        with_weight(model_of(), [1.0])(ids, targets=targets, draw=DRAW)
+
+
 def test_what_is_no_unrolled_is_named(batch):
     model, (ids, targets) = model_of(), batch
     right = model.unroll

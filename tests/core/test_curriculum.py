@@ -12,7 +12,8 @@ from lattice.communication import traffic
 from lattice.compare import Group, Run
 from lattice.cost import Pass
 from lattice.hardware import GPUS
-from lattice.ledger import SAMPLED, ledger
+from lattice.ledger import SAMPLED, dearest_step, ledger
+from lattice.memory import step_memory
 from lattice.testing import assert_conforms, check_recurrence
 from tests.ramped import Ramped
 
@@ -34,6 +35,26 @@ class RampedAStepLate(Ramped):
 
     def passes_at(self, shape, step):
         return [Pass(times=self.count(max(0, step - 1)))]
+
+
+@register("recurrence", "test_periodic")
+@dataclass(frozen=True, kw_only=True)
+class Periodic(Ramped):
+    """Three passes once in a while."""
+
+    period: int = 2
+
+    def count(self, step):
+        return 3 if step % self.period == 0 else 1
+
+
+@register("recurrence", "test_falling")
+@dataclass(frozen=True, kw_only=True)
+class Falling(Ramped):
+    """It begins with the most passes."""
+
+    def count(self, step):
+        return max(1, self.most - step)
 
 
 def recipe_of(steps, **options):
@@ -65,12 +86,32 @@ def test_costs_are_those_of_the_steps_in_question():
 
 
 def test_of_a_long_training_some_steps_tell():
-    steps = 300 * SAMPLED + 7
+    steps = 30 * SAMPLED
     for every in (1, 17, 5_000, 50_000):
         recurrence = Ramped(every=every, most=10)
         exact = sum(map(recurrence.count, range(steps))) / steps
         recipe = recipe_of(steps, every=every, most=10)
-        assert ledger(recipe).training_token_passes == pytest.approx(exact, rel=0.5 / SAMPLED)
+        assert ledger(recipe).training_token_passes == pytest.approx(exact, rel=1 / SAMPLED)
+
+
+@pytest.mark.parametrize("steps", [512, 5120, SAMPLED, 2 * SAMPLED, 128_000])
+@pytest.mark.parametrize("period", [2, 4, 10])
+def test_what_comes_back_every_few_steps_is_met_as_often(steps, period):
+    recipe = recipe_of(steps, kind="test_periodic", period=period)
+    exact = 1 + 2 * sum(step % period == 0 for step in range(steps)) / steps
+    # A share of draws from parts of equal length has a standard deviation of at most 1 / (2 sqrt(SAMPLED)).
+    limit = 0 if steps <= SAMPLED else 2 * 4 / (2 * SAMPLED**0.5)
+    assert abs(ledger(recipe).training_token_passes - exact) <= limit + 1e-9
+
+
+def test_memory_is_that_of_the_dearest_step():
+    def activations(steps, **options):
+        return step_memory(recipe_of(steps, **options), rows=1, length=16).activations
+
+    falling = {"kind": "test_falling", "most": 4}
+    assert dearest_step(recipe_of(40, **falling)) == 0
+    assert dearest_step(recipe_of(40, every=4, most=3)) == 39
+    assert activations(40, **falling) == activations(1, **falling) > activations(40, every=50)
 
 
 def test_what_ranks_gather_is_the_mean_of_the_steps():
