@@ -173,8 +173,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "against_reference.jsonl")
+    parser.add_argument("--out", type=Path, help="results/against_reference[_decode].jsonl if not given")
     options = parser.parse_args()
+    suffix = "" if options.mode == "train" else f"_{options.mode}"
+    options.out = options.out or HERE / "results" / f"against_reference{suffix}.jsonl"
     import torch
 
     torch.set_num_threads(options.threads)

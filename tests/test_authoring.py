@@ -69,7 +69,7 @@ def test_the_pytest_file(files):
         cwd=files,
     )
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout
+    assert "12 passed" in done.stdout
 
 
 def test_an_optimizer_of_ones_own_goes_on_from_where_it_was(files):

@@ -154,7 +154,7 @@ def documents(subject: Subject) -> str | None:
     mask = to_table(subject.mask) if subject.mask.needs_documents else {"kind": "document"}
     model, trained = subject.model(component, mask=mask), subject.model(component, mask=mask).train()
     for numbers in ([0, 1], [0, 0, 1], [0, 0, 1, 1, 1, 2], [0] * 5 + [1] * 17 + [2] * (CONTEXT - 22)):
-        ids = subject.rotations(len(numbers))
+        ids = subject.rotations(len(numbers))[: 2 if len(numbers) == CONTEXT else None]
         document = torch.tensor(numbers).expand_as(ids)
         packed = model(ids, documents=document).logits
         each_document = torch.stack([document == number for number in sorted(set(numbers))])
