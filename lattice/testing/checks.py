@@ -303,9 +303,9 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], list[float
     _, cache = model.prefill(prompt, parallel=True)
     slots = 0 if cache.slots is None else len(cache.slots.stage_S)
     yield "the cache that stack.run is given", "slots", [slots / len(prompt[0])], [component.slots]
-    yield "the cache", "numbers", [cache.numbers / len(prompt[0])], [costs.cached_numbers]
-    decode = partial(model.step, ids[:, :1], cache)
+    decode, before = partial(model.step, ids[:, :1], cache), cache.numbers
     yield "decoding", "token-passes", [_slots(model, decode)], [costs.inference_token_passes]
+    yield "decoding", "numbers in the cache", [cache.numbers - before], [costs.cached_numbers]
     yield "decoding", "operations", [operations(decode)], [costs.inference_operations]
 
 
@@ -337,12 +337,11 @@ def _slots_and_operations(model: LanguageModel, call: Callable[[], Any]) -> tupl
 
 def save_and_load(subject: Subject) -> str | None:
     """Options survive a recipe, and weights a file: the model that comes back gives the same logits."""
-    tables = subject.recipe().table()
-    for role, one in subject.recipe().components.items():
-        if (
-            role in ("recurrence", "backbone", "mask")
-            and (again := load_recipe(tables).component(role)) != one
-        ):
+    recipe = subject.recipe()
+    reloaded = load_recipe(recipe.table())
+    for role in ("recurrence", "backbone", "mask"):
+        one, again = recipe.component(role), reloaded.component(role)
+        if again != one:
             return f"the options {to_table(one)} come back from a recipe as {to_table(again)}"
     model, other, ids = subject.model(), subject.model(seed=6), subject.ids(2, 4)
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -487,7 +487,7 @@ def test_an_option_without_the_values_it_takes(command, option, call):
     ("command", "overrides"),
     [
         ("run", "Overrides, table.key=value."),
-        ("check", "Options of the recurrence, such as thoughts=2."),
+        ("check", "Options, such as thoughts=2,"),
         ("bench", "Overrides of all recipes, table.key=value."),
         ("sweep", "Overrides of all arms, table.key=value."),
     ],

@@ -1,6 +1,7 @@
 """`lattice eval`: what it shows, keeps and refuses."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -228,6 +229,8 @@ def test_a_checkpoint_is_not_read_with_another_tokenizer(tmp_path, capsys, kept)
 def test_lm_eval_says_nothing_that_was_asked_for(runs, tasks, tmp_path, capfd, caplog, monkeypatch):
     """Nor git, nor `datasets`, where stderr is no terminal."""
     monkeypatch.chdir(tmp_path)  # no repository
+    caplog.set_level(logging.WARNING)  # lm-eval's own command line, in another test, leaves other levels
+    caplog.set_level(logging.NOTSET, logger="lm_eval")
     shutil.copytree(tasks, tmp_path / "tasks")
     for file in (tmp_path / "tasks").glob("*.yaml"):
         task = json.loads(file.read_text()) | {"fewshot_split": "test", "num_fewshot": 2}

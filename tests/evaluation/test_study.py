@@ -489,7 +489,7 @@ def test_curves_are_averaged_where_all_seeds_were_evaluated(tmp_path, monkeypatc
         (tmp_path / f"seed{seed}/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = [Run(tmp_path / f"seed{seed}", load_recipe(RECIPE), {}) for seed in (0, 1)]
     lines = drawn(monkeypatch)
-    _curves([Group("arm", tuple(runs))], "validation", "tokens", lambda group: 1.0)
+    _curves([Group("arm", tuple(runs))], "validation", "tokens", lambda group, tokens: tokens)
     ((tokens, means, _),) = lines
     assert (list(tokens), list(means)) == ([256, 512], [4.0, 1.5])
 
