@@ -131,10 +131,14 @@ def _layers(recipe: str | Path | Mapping[str, Any]) -> tuple[list[Source], str]:
 def _file_layers(path: Path, children: tuple[Path, ...], done: set[Path]) -> list[Source]:
     """The layers of a file: those it extends, then itself; `imports` made absolute. A file that is `done` has
     been laid before: again, it would undo what those that extend it said over it."""
-    if path.is_dir():
+    asked = f" (extended by {children[-1]})" if children else ""
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # longer than any file's name
+        raise RecipeError([f"recipe '{path}'{asked}: {error.strerror}"]) from error
+    if is_folder:
         raise IsADirectoryError(f"recipe '{path}' is a directory; must be a TOML file")
-    if not path.is_file():
-        asked = f" (extended by {children[-1]})" if children else ""
+    if not is_file:
         raise FileNotFoundError(f"recipe '{path}' does not exist{asked}")
     if path.resolve() in [child.resolve() for child in children]:
         raise RecipeError([f"{path}: extends itself, by way of {' -> '.join(map(str, children))}"])

@@ -68,6 +68,9 @@ def test_a_cycle_names_its_files(write):
 def test_a_missing_file_and_who_asked_for_it(write):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.toml' does not exist$"):
         load_recipe("nowhere.toml")
+    long = write("long.toml", f'extends = "{"x" * 5000}.toml"\n')
+    with pytest.raises(RecipeError, match=r"xxx\.toml' \(extended by .*long\.toml\): File name too long"):
+        load_recipe(long)
     with pytest.raises(FileNotFoundError, match=r"gone\.toml' does not exist \(extended by .*child\.toml\)"):
         load_recipe(write("child.toml", 'extends = "gone.toml"\n'))
 
