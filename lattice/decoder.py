@@ -278,14 +278,11 @@ def check_decoder(decoder: Any, kind: str, shape: Shape) -> None:
             f"{', '.join(sorted({type(block).__name__ for block in blocks}))}; must be a ModuleList of "
             "lattice.decoder.Block"
         )
+    table = shape.vocab_size, shape.hidden_size
     for what, found, declared in (
         ("layers", len(blocks), shape.num_layers),
-        ("rows and columns of the embedding", tuple(decoder.embedding.weight.shape), _head(shape)),
-        ("rows and columns of the head", tuple(decoder.head.weight.shape), _head(shape)),
+        ("rows and columns of the embedding", tuple(decoder.embedding.weight.shape), table),
+        ("rows and columns of the head", tuple(decoder.head.weight.shape), table),
     ):
         if found != declared:
             raise ValueError(f"backbone '{kind}': {found} {what}; its shape declares {declared}")
-
-
-def _head(shape: Shape) -> tuple[int, int]:
-    return shape.vocab_size, shape.hidden_size

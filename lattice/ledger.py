@@ -79,20 +79,13 @@ def dearest_step(recipe: Recipe) -> int:
         return sum(one.token_passes(shape.num_layers) for one in passes if one.gradients)
 
     last = recipe.run.steps - 1
-    if _constant(recurrence):
-        return last
     return max([last, *reversed(_sampled(recurrence, range(last)))], key=slots)
-
-
-def _constant(recurrence: Recurrence) -> bool:
-    """Whether one step tells what all cost."""
-    return type(recurrence).passes_at is Recurrence.passes_at
 
 
 def _sampled(recurrence: Recurrence, steps: Sequence[int]) -> list[int]:
     """Those steps that tell of all: of very many, one that is drawn from each of parts of equal length, so
     that what comes back every few steps is met as often as it comes."""
-    parts = 1 if _constant(recurrence) else SAMPLED
+    parts = 1 if type(recurrence).passes_at is Recurrence.passes_at else SAMPLED
     if len(steps) <= parts:
         return list(steps)
     bounds = [len(steps) * part // parts for part in range(parts + 1)]

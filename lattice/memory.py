@@ -57,8 +57,8 @@ def step_memory(
     """Predicted for a step of `micro_batches`, each of `rows` sequences of `length` tokens, with the most
     iterations that it may draw, by computing one of them on fake tensors, after the optimizer's first step.
     It is the last step of the training, where what thinks more from step to step thinks most, or of a
-    curriculum the dearest one. On a `gpu`
-    attention over long sequences holds no pairs of slots, whatever the mask. Raises NotPredicted."""
+    curriculum the dearest one. On a `gpu` attention over long sequences holds no pairs of slots, whatever the
+    mask. Raises NotPredicted."""
     optimizer: Optimizer = recipe.component("optimizer")
     given: Precision = recipe.component("precision")
     precision = given.as_in_memory

@@ -146,7 +146,7 @@ class LanguageModel(nn.Module):
                 )
             if isinstance(weight, Tensor) and weight.dim():
                 self._check_shape("a weight of also_predict", weight, targets_BL.shape)
-                total = total + self._loss(hidden_BLD, targets_BL, weight.float())[0]
+                total = total + self._loss(hidden_BLD, targets_BL, weight)[0]
             else:
                 total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
         if unrolled.penalty_BL is not None:

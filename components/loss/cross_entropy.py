@@ -31,7 +31,7 @@ class CrossEntropy(Loss):
         self, hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, weights_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         count = (targets_N != -100).sum()
-        of_targets = [hidden_ND] if weights_N is None else [hidden_ND, weights_N]
+        of_targets = [hidden_ND] if weights_N is None else [hidden_ND, weights_N.float()]
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         learning = parameters or any(tensor.requires_grad for tensor in of_targets)
         if torch.is_grad_enabled() and learning:
@@ -55,7 +55,7 @@ def _chunk_loss(
     if weights_C is None:
         return F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
     losses_C = F.cross_entropy(head(hidden_CD).float(), targets_C, reduction="none")
-    return (weights_C.float().masked_fill(targets_C == -100, 0) * losses_C).sum()
+    return (weights_C.masked_fill(targets_C == -100, 0) * losses_C).sum()
 
 
 class _WithGradients(torch.autograd.Function):

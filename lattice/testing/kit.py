@@ -48,14 +48,10 @@ class CheckResult:
         return self.counterexample is None
 
 
-def _with_mask(mask: Mapping[str, Any], recurrence: str) -> Subject:
-    return Subject(RECURRENCES[recurrence], BACKBONES["llama"], mask)
-
-
 ROLES: dict[str, tuple[Mapping[str, Any], Callable[[Mapping[str, Any], str], Subject]]] = {
     "recurrence": (BACKBONES, lambda table, beside: Subject(table, BACKBONES[beside])),
     "backbone": (RECURRENCES, lambda table, beside: Subject(RECURRENCES[beside], table)),
-    "mask": (RECURRENCES, _with_mask),
+    "mask": (RECURRENCES, lambda table, beside: Subject(RECURRENCES[beside], BACKBONES["llama"], table)),
 }
 """What can be checked: with what, and how the two make a subject."""
 

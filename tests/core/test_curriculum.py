@@ -14,18 +14,10 @@ from lattice.cost import Pass
 from lattice.hardware import GPUS
 from lattice.ledger import SAMPLED, dearest_step, ledger
 from lattice.memory import step_memory
-from lattice.testing import assert_conforms, check_recurrence
+from lattice.testing import BACKBONES, assert_conforms, check_recurrence
 from tests.ramped import Ramped
 
-BACKBONE = {
-    "kind": "gpt_neox",
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-}
+BACKBONE = BACKBONES["gpt_neox"]
 
 
 @register("recurrence", "test_ramped_a_step_late")
@@ -75,7 +67,7 @@ def test_a_step_that_is_not_as_declared():
 def test_costs_are_those_of_the_steps_in_question():
     recipe = recipe_of(6, every=4, most=3)
     plain = ledger(lattice.load_recipe({**recipe.table(), "recurrence": {"kind": "none"}}))
-    head = 3 * 2 * 16 * 40
+    head = 3 * 2 * BACKBONE["hidden_size"] * BACKBONE["vocab_size"]
     costs = ledger(recipe)
     assert costs.training_token_passes == pytest.approx((4 * 1 + 2 * 2) / 6)
     assert costs.evaluation_token_passes == costs.inference_token_passes == 3
