@@ -7,16 +7,17 @@ first:
 
 goal      A training step (forward, backward, AdamW) of the first size with one thought, nothing computed
           again: bfloat16 and float8, as it is and compiled. Tokens/s, peak memory, MFU.
-thoughts  The same of each size, number of thoughts, precision and checkpointing; with --compile also
-          compiled.
+thoughts  The same of each size, number of thoughts, precision and checkpointing, as it is if --compiled does
+          not say otherwise.
 decode    New tokens/s, thoughts in sequence through the cache.
 parity    The golden cases in float32 (needs pytest); attention's kernels, float8 and compiled layers against
           the plain way.
-profile   Three steps under torch.profiler, of each size with the first of --thoughts, --precisions and
-          --checkpointing: a table by time, and a trace for chrome://tracing.
+kernels   The matrix products of a layer and its attention by themselves, which bound all else.
 
-Each size has its thoughts, then its decoding, before the next. Every case is a line of gpu_PART.jsonl in
---out, with hardware, versions, and the error where it failed; the others go on. None begins after --seconds.
+Each size has its thoughts, then its decoding, before the next. With --profile a step of each case of goal
+and thoughts is done once more under torch.profiler: a table by time, and a trace for chrome://tracing. Every
+case is a line of gpu_PART.jsonl in --out, with hardware, versions, and the error where it failed; the others
+go on. None begins after --seconds.
 The exit status is 1 if a case of parity failed. `--device cpu --sizes tiny` tries the script out; its times
 say nothing.
 
@@ -35,12 +36,13 @@ from pathlib import Path
 
 import torch
 from gpu_cases import PRECISIONS, Cases, Report
+from gpu_kernels import kernels
 from gpu_parity import parity
-from gpu_speed import decode, goal, profile, thoughts
+from gpu_speed import decode, goal, thoughts
 
 from lattice.console import say
 
-PARTS = ("goal", "thoughts", "decode", "parity", "profile")
+PARTS = ("goal", "thoughts", "decode", "parity", "kernels")
 
 
 def parts(options: argparse.Namespace) -> Iterator[tuple[str, Cases]]:
@@ -51,7 +53,7 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Cases]]:
         yield "decode", decode(options, size)
     yield "parity", parity(options)
     for size in options.sizes:
-        yield "profile", profile(options, size)
+        yield "kernels", kernels(options, size)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -65,13 +67,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--thoughts", nargs="+", type=int, default=[1, 0, 2, 3])
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["bf16", "float8"])
     parser.add_argument("--checkpointing", nargs="+", default=["none", "pass"])
-    parser.add_argument("--compile", action="store_true", help="thoughts: also compiled; profile: compiled")
+    parser.add_argument(
+        "--compiled", nargs="+", choices=["no", "yes"], help="layers; both in goal if not given"
+    )
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, default=32, help="at most")
+    parser.add_argument("--micro-batch", type=int, help="sequences of a step; as many as fit if not given")
+    parser.add_argument("--layers", type=int, help="of a model in place of all: what they compile is kept")
     parser.add_argument(
         "--step-seconds", type=float, default=2, help="of a step: no more sequences than take this long"
     )
-    parser.add_argument("--profile-batch", type=int, default=2, help="at most")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of decode")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=10, help="at most")

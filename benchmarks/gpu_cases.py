@@ -36,6 +36,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"kind": "bf16"},
     "float8": {"kind": "float8", "recipe": "rowwise", "min_features": 512},
     "float8_tensorwise": {"kind": "float8", "recipe": "tensorwise", "min_features": 512},
+    "float8_gw": {"kind": "float8", "recipe": "rowwise_with_gw_hp", "min_features": 512},
     "float8_large": {"kind": "float8", "recipe": "rowwise"},
 }
 """By name on the command line; "float8_large" converts what the kind converts if nothing is said."""
@@ -104,18 +105,25 @@ def synchronize(device: torch.device) -> None:
 
 
 def recipe_of(
-    size: str, thoughts: int, *, device: torch.device, precision: str = "bf16", checkpointing: str = "none"
+    size: str,
+    thoughts: int,
+    *,
+    device: torch.device,
+    precision: str = "bf16",
+    checkpointing: str = "none",
+    layers: int | None = None,
 ) -> lattice.Recipe:
     """A Pythia of that size; each training step refines three times, so that all cost the same."""
     path = ROOT / "recipes" / "base" / f"pythia_{size}.toml"
     table = {"backbone": TINY} if size == "tiny" else lattice.load_recipe(path).table()
+    backbone = table["backbone"] | ({"num_hidden_layers": layers} if layers else {})
     thinking = {"kind": "latent_thoughts", "thoughts": thoughts, "jacobi": {"train": [3, 3], "eval": 3}}
     chosen = dict(PRECISIONS[precision])
     if chosen["kind"] == "float8" and device.type != "cuda":
         chosen |= {"emulate": True, "min_features": 64}
     return lattice.load_recipe(
         {
-            "backbone": table["backbone"],
+            "backbone": backbone,
             "recurrence": thinking if thoughts else {"kind": "none"},
             "precision": chosen,
             "activation_checkpoint": {"kind": checkpointing},

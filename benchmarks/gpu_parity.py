@@ -30,8 +30,8 @@ warnings.filterwarnings("ignore", ".*multiplies the embeddings by")  # drawn wei
 def parity(options: argparse.Namespace) -> Cases:
     torch.set_float32_matmul_precision("highest")  # no TF32
     yield from golden(options)
-    yield from attention(options)
     yield from formats(options)
+    yield from attention(options)  # last: each mask is compiled anew
 
 
 GOLDEN = ROOT / "tests" / "parity" / "test_golden.py"

@@ -22,10 +22,13 @@ from lattice.ledger import ledger
 from lattice.protocols import Optimizer, Precision
 from lattice.run_folder import peak_memory_mib
 
+MOST_ROWS = 32
+"""Sequences of a step, where not so many are asked for."""
+
 
 def goal(options: argparse.Namespace) -> Cases:
-    for compiled in (False, True):
-        for precision in ("bf16", "float8"):
+    for compiled in ways(options, "no", "yes"):
+        for precision in options.precisions:
             labels = labels_of(options, options.sizes[0], 1, precision, "none", compiled=compiled)
             yield labels, functools.partial(measure, labels=labels, options=options)
 
@@ -34,11 +37,16 @@ def thoughts(options: argparse.Namespace, size: str) -> Cases:
     before = [labels for labels, _ in goal(options)] if options.part == "all" else []
     for checkpointing in options.checkpointing:
         for count in options.thoughts:
-            for compiled in [False, True] if options.compile else [False]:
+            for compiled in ways(options, "no"):
                 for precision in options.precisions:
                     labels = labels_of(options, size, count, precision, checkpointing, compiled=compiled)
                     if labels not in before:
                         yield labels, functools.partial(measure, labels=labels, options=options)
+
+
+def ways(options: argparse.Namespace, *default: str) -> list[bool]:
+    """Layers compiled or not, in the order asked for."""
+    return [way == "yes" for way in options.compiled or default]
 
 
 def labels_of(
@@ -46,6 +54,8 @@ def labels_of(
 ) -> dict[str, Any]:
     """Of a training step."""
     model = {"size": size, "thoughts": count, "precision": precision, "checkpointing": checkpointing}
+    if options.layers:
+        model["layers"] = options.layers
     return {**model, "compiled": compiled, "length": options.length}
 
 
@@ -59,8 +69,10 @@ class Step:
             device=device,
             precision=labels["precision"],
             checkpointing=labels["checkpointing"],
+            layers=labels.get("layers"),
         )
-        self.model, self.device = build(self.recipe, device, drawn=False), device
+        self.labels, self.device = labels, device
+        self.model = build(self.recipe, device, drawn=False)
         optimizer: Optimizer = self.recipe.component("optimizer")
         self._optimizer = optimizer.build(self.model)
         self._precision: Precision = self.recipe.component("precision")
@@ -74,14 +86,14 @@ class Step:
         self._optimizer.step()
 
 
-def ready(labels: dict[str, Any], options: argparse.Namespace, most: int) -> tuple[Step, int]:
-    """The step, compiled if it is to be, and how many sequences it can take: `most`, or what fits.
+def ready(labels: dict[str, Any], options: argparse.Namespace) -> tuple[Step, int]:
+    """The step, compiled if it is to be, and how many sequences it takes: those asked for, or what fits.
 
     That is found without compiled layers, which would be compiled for each number. Predicting it
     (lattice.memory) takes longer than these steps: seconds to half a minute of a CPU for 24 layers.
     """
     device = options.device
-    step = Step(labels, device)
+    step, rows = Step(labels, device), options.micro_batch
 
     def probe(rows: int) -> tuple[float, float]:
         ids_BL = some_ids(step.model, rows, options.length)
@@ -90,11 +102,12 @@ def ready(labels: dict[str, Any], options: argparse.Namespace, most: int) -> tup
         seconds = timed(functools.partial(step, ids_BL), device)
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, seconds
 
-    room = math.inf
-    if device.type == "cuda":
-        room = (1 - RESERVE) * torch.cuda.get_device_properties(device).total_memory
-    rows = rows_that_fit(probe, most=most, room=room, seconds=options.step_seconds)
-    free()
+    if rows is None:
+        room = math.inf
+        if device.type == "cuda":
+            room = (1 - RESERVE) * torch.cuda.get_device_properties(device).total_memory
+        rows = rows_that_fit(probe, most=MOST_ROWS, room=room, seconds=options.step_seconds)
+        free()
     if labels["compiled"]:
         torch.compiler.reset()
         compile_layers(step.model, device)
@@ -107,8 +120,6 @@ def rows_that_fit(
     """As many rows, at least one, as take no more than `room` bytes and `seconds`, if both grow from one row
     to the next as they do from the first to the second. `probe` tells them of so many rows."""
     first_bytes, _ = probe(1)
-    if most == 1:
-        return 1
     try:
         second_bytes, second_seconds = probe(2)
     except torch.OutOfMemoryError:
@@ -119,23 +130,26 @@ def rows_that_fit(
 
 def measure(found: dict[str, Any], *, labels: dict[str, Any], options: argparse.Namespace) -> None:
     """A training step, timed: median and quartiles of tokens/s, peak memory, MFU."""
-    step, rows = ready(labels, options, options.micro_batch)
+    step, rows = ready(labels, options)
     while True:
         found["micro_batch"] = rows
         try:
             found |= speed(step, rows, options)
-            return
+            break
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
             rows = rows * 3 // 4
         free()  # outside of the handler, whose traceback holds the tensors
+    if options.profile:
+        found |= profiled(step, rows, options)
 
 
 def speed(step: Step, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     device, length = options.device, options.length
     call = functools.partial(step, some_ids(step.model, rows, length))
-    for _ in range(options.warm_up):
+    first = timed(call, device)
+    for _ in range(options.warm_up - 1):
         call()
     synchronize(device)
     forget_peak(device)
@@ -146,6 +160,7 @@ def speed(step: Step, rows: int, options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": round(median, 1),
         "quartiles": [round(low, 1), round(high, 1)],
         "repetitions": len(rates),
+        "first_seconds": round(first, 2),
         "peak_mib": round(peak_memory_mib(device)),
         "mfu": None if peak is None else round(median * operations / peak, 4),
     }
@@ -173,31 +188,25 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def profile(options: argparse.Namespace, size: str) -> Cases:
-    first = options.thoughts[0], options.precisions[0], options.checkpointing[0]
-    labels = labels_of(options, size, *first, compiled=options.compile)
-    yield labels, functools.partial(profiled, labels=labels, options=options)
-
-
-def profiled(found: dict[str, Any], *, labels: dict[str, Any], options: argparse.Namespace) -> None:
+def profiled(step: Step, rows: int, options: argparse.Namespace) -> dict[str, str]:
+    """Of one step a table by time, and a trace for chrome://tracing: the names of the files."""
     from torch.profiler import ProfilerActivity
 
-    device, cuda = options.device, options.device.type == "cuda"
-    step, rows = ready(labels, options, options.profile_batch)
-    ids_BL = some_ids(step.model, rows, options.length)
+    ids_BL, cuda = some_ids(step.model, rows, options.length), options.device.type == "cuda"
     step(ids_BL)
-    synchronize(device)
+    synchronize(options.device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(3):
-            step(ids_BL)
-        synchronize(device)
-    name = f"profile_{labels['size']}_K{labels['thoughts']}_{labels['precision']}"
-    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=40)
+        step(ids_BL)
+        synchronize(options.device)
+    labels = step.labels
+    way = "compiled" if labels["compiled"] else "eager"
+    name = "_".join(map(str, ["profile", labels["size"], f"K{labels['thoughts']}", labels["precision"], way]))
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=50, max_name_column_width=90)
     (options.out / f"{name}.txt").write_text(table, encoding="utf-8")
     profiler.export_chrome_trace(str(options.out / f"{name}.json.gz"))
-    found |= {"micro_batch": rows, "table": f"{name}.txt", "trace": f"{name}.json.gz"}
+    return {"table": f"{name}.txt", "trace": f"{name}.json.gz"}
 
 
 def decode(options: argparse.Namespace, size: str) -> Cases:

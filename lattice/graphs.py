@@ -1,4 +1,4 @@
-"""How many graphs torch.compile may make of one function."""
+"""How many graphs torch.compile may make of one function, and what they keep for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ torch cannot tell are alike. They do not grow with the number of iterations. tor
 
 def allow_graphs() -> None:
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+
+
+def keep_no_cheap_values() -> None:
+    """What comes out of norms and activations, and weights in lower precision, are computed again, as without
+    graphs (lattice/transient.py). Left to itself torch keeps whatever a matrix product of the backward pass
+    reads: twice as much of a layer."""
+    torch._functorch.config.ban_recompute_materialized_backward = False

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,3 +118,26 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
         if workspace is None:
             del os.environ[CUBLAS_WORKSPACE]
+
+
+@contextmanager
+def any_length() -> Iterator[None]:
+    """Within, unless gradients are asked for, attention is not computed by cuDNN, if there is another way.
+
+    torch prefers it on GPUs of compute capability 9.0 and later. It is the fastest there, but plans each
+    number of slots anew, for 40 ms (docs/performance.md): worth it for the few lengths of training, and more
+    than the whole rest of a decoded token, which always has another."""
+    switch: Any = torch.backends.cuda
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _chosen_among_others(switch):
+        yield
+        return
+    switch.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        switch.enable_cudnn_sdp(True)
+
+
+def _chosen_among_others(switch: Any) -> bool:
+    others = switch.flash_sdp_enabled() or switch.mem_efficient_sdp_enabled() or switch.math_sdp_enabled()
+    return bool(others and switch.cudnn_sdp_enabled())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lattice.cache import KVCache
 from lattice.decoder import check_decoder
 from lattice.draws import Draw
+from lattice.hardware import any_length
 from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled, kind_of
 from lattice.registry import check_unroll
 from lattice.slots import Tokens, check_alike
@@ -194,6 +195,7 @@ class LanguageModel(nn.Module):
             raise ValueError("branches: with this recurrence the tokens of a row depend on all of it")
         return self.unrolled(input_ids, attention_mask, branches=branches)[1].hidden_BLD
 
+    @any_length()
     def unrolled(
         self,
         input_ids: Tensor,
@@ -217,6 +219,7 @@ class LanguageModel(nn.Module):
         return stack, unrolled
 
     @torch.no_grad()
+    @any_length()
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, parallel: bool = False
     ) -> tuple[Tensor, KVCache]:
@@ -245,6 +248,7 @@ class LanguageModel(nn.Module):
         return KVCache(self.shape.num_layers)
 
     @torch.no_grad()
+    @any_length()
     def step(
         self,
         ids_B1: Tensor,

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import torch
 
+import lattice
 from lattice import atomic, toml_source, user_code
 from lattice.recipe import Recipe, RecipeError
 
@@ -168,8 +169,10 @@ def leaves(table: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def provenance() -> str:
     """Versions and commit, as TOML comments."""
-    names = ("lattice", "torchdata", "safetensors", "tokenizers", "numpy")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    names = ("torchdata", "safetensors", "tokenizers", "numpy")
+    # its own without metadata, which a checkout that is on PYTHONPATH alone has not
+    found = {"lattice": lattice.__version__, **{name: importlib.metadata.version(name) for name in names}}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
     # torch's own attribute names the build as well: 2.11.0+cu130
     lines = [f"python {platform.python_version()}, torch {torch.__version__}, {versions}"]
     here = Path(__file__).resolve().parent

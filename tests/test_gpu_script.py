@@ -110,17 +110,18 @@ def test_the_most_important_cases_come_first_and_none_twice(script):
         ("goal", "1.4b"),
         *((part, size) for size in sizes for part in ("thoughts", "decode")),
         ("parity", None),
-        *(("profile", size) for size in sizes),
+        *(("kernels", size) for size in sizes),
     ]
     steps = [labels for part, labels in cases if part in ("goal", "thoughts")]
     assert all(labels not in steps[:at] for at, labels in enumerate(steps))
-    assert [part for part, _ in cases].count("profile") == len(sizes)
+    compiled = [labels for _, labels in labels_of(script, "goal", "--compiled", "yes")]
+    assert [labels["compiled"] for labels in compiled] == [True, True]
     alone = [labels for _, labels in labels_of(script, "thoughts", "--sizes", "1.4b")]
     assert len(alone) == 16
     assert all(labels in alone for labels in [labels for _, labels in cases[:2]])
 
 
-@pytest.mark.parametrize("part", ["all", "thoughts", "decode", "parity", "profile"])
+@pytest.mark.parametrize("part", ["all", "thoughts", "decode", "parity", "kernels"])
 def test_no_case_begins_after_the_time(script, part, tmp_path, capsys):
     assert script.main([part, *TINY, "--seconds", "0", "--out", str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir())
@@ -176,7 +177,7 @@ def test_a_batch_that_does_not_fit_after_all_is_made_smaller(script, monkeypatch
             raise torch.OutOfMemoryError("too large")
         return {}
 
-    monkeypatch.setattr(speed, "ready", lambda labels, options, most: (None, most))
+    monkeypatch.setattr(speed, "ready", lambda labels, options: (None, options.micro_batch))
     monkeypatch.setattr(speed, "speed", measured)
     options = script.parsed(["thoughts", *TINY])
     options.micro_batch, fits, found = 8, 2, {}
@@ -198,18 +199,43 @@ def test_slow_steps_are_repeated_less_often(script):
     assert len(speed.repeated(lambda: None, options)) == 10
 
 
-def test_decode_and_profile(script, tmp_path):
-    asked = ["--thoughts", "1", "--batches", "2", "--precisions", "fp32", "--out", str(tmp_path)]
+def test_decode(script, tmp_path):
+    asked = ["--thoughts", "1", "--batches", "2", "--out", str(tmp_path)]
     assert script.main(["decode", *TINY, *asked]) == 0
     (row,) = lines(tmp_path, "decode")
     assert row["ok"]
     assert row["repetitions"] == 2
-    assert script.main(["profile", *TINY, *asked]) == 0
-    (row,) = lines(tmp_path, "profile")
+
+
+def test_profile(script, tmp_path):
+    asked = ["--precisions", "fp32", "--compiled", "no", "--profile", "--out", str(tmp_path)]
+    assert script.main(["goal", *TINY, *asked]) == 0
+    (row,) = lines(tmp_path, "goal")
     assert row["ok"]
     assert "aten::mm" in (tmp_path / row["table"]).read_text()
     with gzip.open(tmp_path / row["trace"]) as file:
         assert json.load(file)["traceEvents"]
+
+
+def test_kernels(script, tmp_path):
+    """A CPU has one kernel for attention and one scale in float8: all else are lines that say so."""
+    assert script.main(["kernels", *TINY, "--out", str(tmp_path)]) == 0
+    rows = lines(tmp_path, "kernels")
+    assert {row["kernel"] for row in rows} == {"product", "attention"}
+    computed = [row for row in rows if row.get("format") == "bf16" or row.get("backend") == "default"]
+    assert len(computed) == 6
+    for row in computed:
+        assert row["ok"]
+        assert row.get("tflops", row.get("backward_tflops")) > 0
+
+
+def test_fewer_layers(script, tmp_path):
+    asked = ["--precisions", "fp32", "--compiled", "no", "--layers", "3", "--out", str(tmp_path)]
+    assert script.main(["goal", *TINY, *asked]) == 0
+    assert [row["layers"] for row in lines(tmp_path, "goal")] == [3]
+    cases = importlib.import_module("gpu_cases")
+    recipe = cases.recipe_of("tiny", 1, device=torch.device("cpu"), layers=3)
+    assert len(cases.build(recipe, torch.device("cpu")).decoder.blocks) == 3
 
 
 def test_speed_does_not_wait_for_weights_drawn_on_the_cpu(script, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lattice.graphs import allow_graphs
+from lattice.graphs import allow_graphs, keep_no_cheap_values
 from lattice.model import LanguageModel
 from lattice.protocols import Compile
 from lattice.registry import register
@@ -22,19 +22,20 @@ class CompileBlock(Compile):
     """Each layer compiled; layers share their graphs."""
 
     backend: str = "inductor"
-    """Of torch.compile; "aot_eager" and "eager" build the graphs and generate no code."""
+    """Of torch.compile; those with "eager" in their name build the graphs and generate no code."""
 
     fullgraph: bool = False
     """As of torch.compile: what can be in no graph is an error, in place of computed without one. Writing to
     a cache is: in Gauss-Seidel sweeps and while generating."""
 
     def __post_init__(self) -> None:
-        known = [*torch.compiler.list_backends(), "aot_eager", "eager"]
+        known = [*torch.compiler.list_backends(), "aot_eager", "aot_eager_decomp_partition", "eager"]
         if self.backend not in known:
             raise ValueError(f"backend = '{self.backend}': must be one of {', '.join(known)}")
 
     def apply(self, model: LanguageModel) -> None:
         allow_graphs()
+        keep_no_cheap_values()
         for block in model.decoder.blocks:
             # Shapes are those of the recipe's batches: a graph for them is faster than one for all shapes.
             block.compile(backend=self.backend, fullgraph=self.fullgraph, dynamic=False)
