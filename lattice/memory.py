@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class StepMemory:
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.logits + self.activations
+
+    def towards(self, other: StepMemory, share: float) -> StepMemory:
+        """Part by part, this share of the way from here to the other."""
+        mine, theirs = asdict(self), asdict(other)
+        return StepMemory(**{part: round(mine[part] + share * (theirs[part] - mine[part])) for part in mine})
 
 
 def step_memory(

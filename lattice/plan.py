@@ -56,6 +56,7 @@ class Setting:
     thoughts: int
     checkpointing: str
     micro_batch: int
+    """Sequences of a rank at once: the recipe's if so many fit, else a divisor of them that does."""
     memory: StepMemory
     """Of a rank."""
     gathered: bool
@@ -102,14 +103,8 @@ def cheapest(settings: Sequence[Setting]) -> Setting | None:
 
 def _setting(count: int, name: str, recipe: Recipe, target: Target, ranks: Arrangement) -> Setting:
     run = recipe.run
-    alone = step_memory(
-        recipe,
-        rows=ranks.rows,
-        length=run.sequence_tokens,
-        micro_batches=ranks.micro_batches,
-        gpu=True,
-    )
     room = (1 - target.reserve) * target.gpu.memory
+    ranks, alone = _fitting(recipe, target.gpus, ranks, room)
     memory, gathered = rank_memory(recipe, alone, target.gpus, room)
     costs = ledger(recipe)
     operations = costs.training_operations + costs.repeated_operations
@@ -136,3 +131,29 @@ def _setting(count: int, name: str, recipe: Recipe, target: Target, ranks: Arran
         gpu_hours=target.gpus * seconds / 3600,
         communication=communication if target.gpus > 1 else [],
     )
+
+
+def _fitting(recipe: Recipe, size: int, ranks: Arrangement, room: float) -> tuple[Arrangement, StepMemory]:
+    """The same batch in smaller parts, as large as fit into `room` on each of `size` ranks, and the memory of
+    a step in one process; in the parts it has where none of these fit.
+
+    Between one sequence and all of them memory is taken to grow evenly. A step needs the most that any moment
+    of it does, and each of these grows evenly: so this is never too little."""
+
+    def predicted(rows: int, micro_batches: int) -> StepMemory:
+        length = recipe.run.sequence_tokens
+        return step_memory(recipe, rows=rows, length=length, micro_batches=micro_batches, gpu=True)
+
+    def fits(alone: StepMemory) -> bool:
+        return rank_memory(recipe, alone, size, room)[0].total <= room
+
+    whole = predicted(ranks.rows, ranks.micro_batches)
+    if ranks.rows == 1 or fits(whole):
+        return ranks, whole
+    # In smaller parts there are several, and gradients throughout.
+    least, most = predicted(1, 2), whole if ranks.micro_batches > 1 else predicted(ranks.rows, 2)
+    for rows in range(ranks.rows // 2, 0, -1):
+        alone = least.towards(most, (rows - 1) / (ranks.rows - 1))
+        if ranks.rows % rows == 0 and fits(alone):
+            return Arrangement(rows, ranks.rows // rows * ranks.micro_batches), alone
+    return ranks, whole

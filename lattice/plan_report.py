@@ -61,7 +61,7 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
         f"{run.steps * run.batch_tokens:,} tokens in sequences of {run.sequence_tokens}"
     )
     say(
-        f"{target.gpus} x {gpu}, {settings[0].micro_batch} sequences a rank at once, "
+        f"{target.gpus} x {gpu}, "
         f"{target.utilization:.0%} of {target.gpu.peak / 1e12:,.0f} TFLOP/s assumed"
         + ("" if target.gpus == 1 else f"; parallel: {_inline(recipe.component('parallel'))}")
     )
@@ -88,12 +88,13 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
         "logits": "logits",
     }
     table(
-        "memory of a rank at its peak, GiB",
-        ["K", "checkpointing", *parts, "total", "fits"],
+        "memory of a rank at its peak, GiB, with so many sequences at once",
+        ["K", "checkpointing", "seqs", *parts, "total", "fits"],
         [
             [
                 str(one.thoughts),
                 one.checkpointing,
+                str(one.micro_batch),
                 *[f"{getattr(one.memory, part) / 2**30:,.1f}" for part in parts.values()],
                 f"{one.memory.total / 2**30:,.1f}",
                 ("yes" if one.gathered else "by pass") if one.fits else "no",
@@ -106,13 +107,14 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
     best = [cheapest([one for one in settings if one.thoughts == count]) for count in first]
     table(
         "the cheapest setting that fits",
-        ["K", "checkpointing", "tokens/s", "days", "GPU-hours"],
+        ["K", "checkpointing", "seqs", "tokens/s", "days", "GPU-hours"],
         [
-            [str(count), "none fits", "", "", ""]
+            [str(count), "none fits", "", "", "", ""]
             if one is None
             else [
                 str(count),
                 one.checkpointing,
+                str(one.micro_batch),
                 f"{one.tokens_per_second:,.0f}",
                 f"{one.days:,.1f}",
                 f"{one.gpu_hours:,.0f}",
@@ -124,7 +126,7 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
         shown = [one or first[count] for count, one in zip(first, best, strict=True)]
         _show_communication(recipe, shown, target)
     if None in best:
-        say("where none fits: lower run.micro_batch with --set, or take more or larger GPUs")
+        say("where none fits, a single sequence at once does not: take more or larger GPUs")
 
 
 def _inline(component: object) -> str:
@@ -153,7 +155,7 @@ def _show_communication(recipe: Recipe, settings: Sequence[Setting], target: Tar
         ],
     )
     gpu, parallel = target.gpu, recipe.component("parallel")
-    at_once = parallel.tokens(settings[0].micro_batch * recipe.run.sequence_tokens)
+    at_once = parallel.tokens(min(one.micro_batch for one in settings) * recipe.run.sequence_tokens)
     slots = slots_to_hide(recipe, gpu, target.gpus, target.utilization)
     say(
         f"at {gpu.link / 1e9:,.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:,.0f} GB/s a GPU "

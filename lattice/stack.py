@@ -61,7 +61,7 @@ class Stack:
     ) -> None:
         """`positions`: ids of a token, one for all its slots or one for each. `whole`: the stack of which
         this one is a part."""
-        self._whole = self if whole is None else whole
+        self._whole = whole
         self._positions = positions
         self._decoder = decoder
         self._mask = mask
@@ -75,7 +75,7 @@ class Stack:
         self._cached = WeakKeyDictionary()
         self._rotary: dict[tuple[int, int], Rotary] = {}
         self.passes = 0
-        """How often `run` was called, here and on parts."""
+        """How often `run` was called, of a whole stack on its parts too."""
 
     @property
     def num_layers(self) -> int:
@@ -134,7 +134,7 @@ class Stack:
             self._checkpointing,
             self._tokens.part(tokens),
             positions=self._positions,
-            whole=self._whole,
+            whole=self._whole or self,
         )
 
     def cache(self) -> KVCache:
@@ -176,7 +176,7 @@ class Stack:
         for slots of other tokens and for layers that are not there.
         """
         self._check(slots, read, start, stop)
-        self._whole.passes += 1
+        (self._whole or self).passes += 1
         stages = sum(_tensor(part).shape[2] for part in slots)
         segment = self.segment(stages, first_stage)
         mask = self._attention_mask(segment, cache)

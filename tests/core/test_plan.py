@@ -211,9 +211,12 @@ def test_what_is_recomputed_saves_memory():
 
 
 def test_plan_by_hand():
-    room = 3.5 * 2**20
+    room = 3.6 * 2**20
     target = Target(gpu=GPU(room, 1e12, "toy", 1e9, 1e9), gpus=2, utilization=0.5, reserve=0.0)
-    recipe = recipe_of()
+    # One sequence a GPU, which no smaller micro-batch divides.
+    recipe = lattice.load_recipe(
+        recipe_of(), ["run.sequence_tokens=128", "backbone.max_position_embeddings=128"]
+    )
     settings = list(plan(recipe, [0, 1], target))
     asked = [(count, kind) for count in (0, 1) for kind in CHECKPOINTING]
     assert [(one.thoughts, one.checkpointing) for one in settings] == asked
@@ -230,7 +233,7 @@ def test_plan_by_hand():
         assert one.gpu_hours == pytest.approx(2 * 2560 / one.tokens_per_second / 3600)
         assert one.days == pytest.approx(one.gpu_hours / 48)
         assert one.fits == (one.memory.total <= room)
-        assert one.micro_batch == 4
+        assert one.micro_batch == 1
         weights = 4 * costs.parameters
         assert one.memory.parameters == weights // 2 + (weights if one.gathered else 0)
         assert one.memory.optimizer == weights
@@ -243,6 +246,33 @@ def test_plan_by_hand():
     best = cheapest([one for one in settings if one.thoughts == 1])
     assert best.gpu_hours == min(one.gpu_hours for one in fitting)
     assert cheapest([one for one in settings if not one.fits]) is None
+
+
+@pytest.mark.parametrize("micro_batch", [12, 6])  # of 12 sequences: all at once, and in two parts
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_a_smaller_micro_batch_is_planned_where_the_whole_does_not_fit(name, micro_batch, monkeypatch):
+    monkeypatch.setattr("lattice.plan.CHECKPOINTING", {name: CHECKPOINTING[name]})
+    run = {"sequence_tokens": 32, "batch_tokens": 384, "micro_batch": micro_batch}
+    recipe = recipe_of(run=run, activation_checkpoint=CHECKPOINTING[name], parallel={"kind": "ddp"})
+
+    def needed(rows):
+        return step_memory(recipe, rows=rows, length=32, micro_batches=12 // rows, gpu=True).total
+
+    def planned(room):
+        (one,) = plan(recipe, [2], Target(gpu=GPU(room, 1e12, "toy", 1e9, 1e9), reserve=0.0))
+        assert one.fits == (one.memory.total <= room)
+        return one
+
+    for rows in sorted({1, 2, 3, 6, micro_batch}):
+        one = planned(1.051 * needed(rows))
+        assert one.fits
+        assert one.micro_batch >= rows
+        assert micro_batch % one.micro_batch == 0
+        assert 0.999 * needed(one.micro_batch) <= one.memory.total <= 1.051 * needed(one.micro_batch)
+    none = planned(0.99 * needed(1))
+    assert not none.fits
+    assert none.micro_batch == micro_batch
+    assert none.memory.total == pytest.approx(needed(micro_batch), rel=1e-3)
 
 
 def test_memory_is_divided_as_the_recipe_says():
@@ -281,7 +311,7 @@ def test_command(tmp_path, capsys):
         main(["plan", str(path), "--thoughts", "0", "1", "--gpus", "4", "--mfu", "0.3", "--out", str(out)])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    assert "4 x h100-80gb, 2 sequences a rank at once, 30% of 989 TFLOP/s assumed" in shown
+    assert "4 x h100-80gb, 30% of 989 TFLOP/s assumed" in shown
     assert "450 GB/s within a node of 8" in shown
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [one["reshard"] for one in rows[0]["communication"]] == ["step", "pass"]
@@ -319,9 +349,9 @@ def test_a_rank_that_shares_sequences_has_a_part_of_their_tokens(tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["plan", str(path), "--gpus", "2", "--set", f"parallel.kind={kind}", *options])
     said = " ".join(capsys.readouterr().out.split())
-    rows = int(re.search(r"(\d+) sequences a rank at once", said)[1])
-    length = recipe_of().run.sequence_tokens
-    assert f"a rank has {rows * length // share:,} tokens at once" in said
+    recipe = lattice.load_recipe(recipe_of(), [f"parallel.kind={kind}", *options])
+    tokens = arranged(recipe, 2).rows * recipe.run.sequence_tokens
+    assert f"a rank has {tokens // share:,} tokens at once" in said
 
 
 @pytest.mark.parametrize(
