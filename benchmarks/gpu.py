@@ -73,7 +73,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, help="sequences of a step; as many as fit if not given")
-    parser.add_argument("--layers", type=int, help="of a model in place of all: what they compile is kept")
+    parser.add_argument(
+        "--layers", type=int, help="of a model, in place of all: a try that leaves torch compiled layers"
+    )
     parser.add_argument(
         "--step-seconds", type=float, default=2, help="of a step: no more sequences than take this long"
     )

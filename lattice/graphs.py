@@ -17,5 +17,5 @@ def allow_graphs() -> None:
 def keep_no_cheap_values() -> None:
     """What comes out of norms and activations, and weights in lower precision, are computed again, as without
     graphs (lattice/transient.py). Left to itself torch keeps whatever a matrix product of the backward pass
-    reads: twice as much of a layer."""
+    reads."""
     torch._functorch.config.ban_recompute_materialized_backward = False

@@ -138,7 +138,8 @@ def _fitting(recipe: Recipe, size: int, ranks: Arrangement, room: float) -> tupl
     a step in one process; in the parts it has where none of these fit.
 
     Between one sequence and all of them memory is taken to grow evenly. A step needs the most that any moment
-    of it does, and each of these grows evenly: so this is never too little."""
+    of it does, and each of these grows evenly, but for the loss of fewer tokens than a chunk has: so this is
+    at most some logits too little."""
 
     def predicted(rows: int, micro_batches: int) -> StepMemory:
         length = recipe.run.sequence_tokens

@@ -1,5 +1,6 @@
 """Predicted memory against that of real tensors; plans against arithmetic by hand."""
 
+import functools
 import itertools
 import json
 import re
@@ -248,22 +249,24 @@ def test_plan_by_hand():
     assert cheapest([one for one in settings if not one.fits]) is None
 
 
-@pytest.mark.parametrize("micro_batch", [12, 6])  # of 12 sequences: all at once, and in two parts
-@pytest.mark.parametrize("name", CHECKPOINTING)
+@pytest.mark.parametrize(("name", "micro_batch"), [("none", 12), ("pass", 6)])  # of 12 sequences
 def test_a_smaller_micro_batch_is_planned_where_the_whole_does_not_fit(name, micro_batch, monkeypatch):
     monkeypatch.setattr("lattice.plan.CHECKPOINTING", {name: CHECKPOINTING[name]})
     run = {"sequence_tokens": 32, "batch_tokens": 384, "micro_batch": micro_batch}
-    recipe = recipe_of(run=run, activation_checkpoint=CHECKPOINTING[name], parallel={"kind": "ddp"})
+    tables = {"run": run, "activation_checkpoint": CHECKPOINTING[name], "parallel": {"kind": "ddp"}}
+    thinking = {"kind": "latent_thoughts", "thoughts": 1, "jacobi": {"train": [1, 1]}}
+    recipe = lattice.load_recipe({**recipe_of(**tables).table(), "recurrence": thinking})
 
+    @functools.cache
     def needed(rows):
         return step_memory(recipe, rows=rows, length=32, micro_batches=12 // rows, gpu=True).total
 
     def planned(room):
-        (one,) = plan(recipe, [2], Target(gpu=GPU(room, 1e12, "toy", 1e9, 1e9), reserve=0.0))
+        (one,) = plan(recipe, [1], Target(gpu=GPU(room, 1e12, "toy", 1e9, 1e9), reserve=0.0))
         assert one.fits == (one.memory.total <= room)
         return one
 
-    for rows in sorted({1, 2, 3, 6, micro_batch}):
+    for rows in sorted({1, 3, micro_batch}):
         one = planned(1.051 * needed(rows))
         assert one.fits
         assert one.micro_batch >= rows
