@@ -350,7 +350,9 @@ def test_a_rank_that_shares_sequences_has_a_part_of_their_tokens(tmp_path, capsy
     path.write_text(recipe_of().to_toml())
     kind, *options = parallel
     with pytest.raises(SystemExit):
-        main(["plan", str(path), "--gpus", "2", "--set", f"parallel.kind={kind}", *options])
+        main(
+            ["plan", str(path), "--thoughts", "0", "--gpus", "2", "--set", f"parallel.kind={kind}", *options]
+        )
     said = " ".join(capsys.readouterr().out.split())
     recipe = lattice.load_recipe(recipe_of(), [f"parallel.kind={kind}", *options])
     tokens = arranged(recipe, 2).rows * recipe.run.sequence_tokens
