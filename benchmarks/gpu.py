@@ -70,7 +70,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compiled", nargs="+", choices=["no", "yes"], help="layers; both in goal if not given"
     )
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="a table and a trace of each step as well")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, help="sequences of a step; as many as fit if not given")
     parser.add_argument(

@@ -152,9 +152,12 @@ def _fitting(recipe: Recipe, size: int, ranks: Arrangement, room: float) -> tupl
     if ranks.rows == 1 or fits(whole):
         return ranks, whole
     # In smaller parts there are several, and gradients throughout.
-    least, most = predicted(1, 2), whole if ranks.micro_batches > 1 else predicted(ranks.rows, 2)
-    for rows in range(ranks.rows // 2, 0, -1):
-        alone = least.towards(most, (rows - 1) / (ranks.rows - 1))
-        if ranks.rows % rows == 0 and fits(alone):
-            return Arrangement(rows, ranks.rows // rows * ranks.micro_batches), alone
-    return ranks, whole
+    rows, alone = 1, predicted(1, 2)
+    if not fits(alone):
+        return ranks, whole
+    least, most = alone, whole if ranks.micro_batches > 1 else predicted(ranks.rows, 2)
+    for more in (more for more in range(2, ranks.rows) if ranks.rows % more == 0):
+        between = least.towards(most, (more - 1) / (ranks.rows - 1))
+        if fits(between):
+            rows, alone = more, between
+    return Arrangement(rows, ranks.rows // rows * ranks.micro_batches), alone

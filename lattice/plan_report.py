@@ -61,8 +61,7 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
         f"{run.steps * run.batch_tokens:,} tokens in sequences of {run.sequence_tokens}"
     )
     say(
-        f"{target.gpus} x {gpu}, "
-        f"{target.utilization:.0%} of {target.gpu.peak / 1e12:,.0f} TFLOP/s assumed"
+        f"{target.gpus} x {gpu}, {target.utilization:.0%} of {target.gpu.peak / 1e12:,.0f} TFLOP/s assumed"
         + ("" if target.gpus == 1 else f"; parallel: {_inline(recipe.component('parallel'))}")
     )
     first = {one.thoughts: one for one in settings}
