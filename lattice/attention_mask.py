@@ -184,4 +184,14 @@ def _flex_attention(device: str) -> Callable[..., Any]:
     """Compiled on a GPU, where it is a fused kernel; elsewhere the definition, without gradients."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return cast("Callable[..., Any]", torch.compile(flex_attention) if device == "cuda" else flex_attention)
+    if device != "cuda":
+        return cast("Callable[..., Any]", flex_attention)
+    compiled = torch.compile(flex_attention)
+
+    def fused(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return compiled(*arguments, **options)
+        with torch.compiler.set_stance("default"):  # also where layers run as written (hardware.any_length)
+            return compiled(*arguments, **options)
+
+    return fused

@@ -122,13 +122,24 @@ def deterministic(on: bool) -> Iterator[None]:
 
 @contextmanager
 def any_length() -> Iterator[None]:
-    """Within, unless gradients are asked for, attention is not computed by cuDNN, if there is another way.
+    """Within, unless gradients are asked for, nothing is prepared for a length by itself: compiled layers run
+    as they are written, and attention is not computed by cuDNN, if there is another way.
 
-    torch prefers it on GPUs of compute capability 9.0 and later. It is the fastest there, but plans each
-    number of slots anew, for 40 ms (docs/performance.md): worth it for the few lengths of training, and more
-    than the whole rest of a decoded token, which always has another."""
+    The few lengths of training are worth a graph each (seconds), and cuDNN's plan for each (40 ms,
+    docs/performance.md; torch prefers it on GPUs of compute capability 9.0 and later). Decoding has another
+    length at every token, and evaluation at every batch. FlexAttention, whose one kernel takes all lengths,
+    stays compiled (lattice/attention_mask.py)."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), _without_cudnn():
+        yield
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
     switch: Any = torch.backends.cuda
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _chosen_among_others(switch):
+    if not _chosen_among_others(switch):
         yield
         return
     switch.enable_cudnn_sdp(False)

@@ -1,5 +1,8 @@
 """Layers compiled by torch.compile, each by itself.
 
+Those are for the few lengths of training; what has no gradients to compute, decoding and evaluation, runs the
+layers as they are written (lattice.hardware.any_length).
+
 Never the loop over passes: one graph with several checkpointed traversals of the same layers peaks at 2.3 to
 3.5 times the memory of eager execution (pytorch#193193), and every drawn count would be another graph.
 """
@@ -26,7 +29,7 @@ class CompileBlock(Compile):
 
     fullgraph: bool = False
     """As of torch.compile: what can be in no graph is an error, in place of computed without one. Writing to
-    a cache is: in Gauss-Seidel sweeps and while generating."""
+    a cache is, as Gauss-Seidel sweeps do."""
 
     def __post_init__(self) -> None:
         known = [*torch.compiler.list_backends(), "aot_eager", "aot_eager_decomp_partition", "eager"]

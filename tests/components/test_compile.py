@@ -96,6 +96,28 @@ def test_graphs_for_sizes_that_change(backbone):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("recurrence", list(RECURRENCES))
+def test_decoding_and_evaluation_make_no_graphs(recurrence):
+    """Their lengths differ from call to call, and each would be compiled anew."""
+    torch.compiler.reset()
+    recipe = recipe_of(recurrence)
+    eager, compiled = lattice.build_model(recipe), lattice.build_model(recipe)
+    recipe.component("compile").apply(compiled)
+    ids = torch.randint(49, (2, 8), generator=torch.Generator().manual_seed(0))
+    gradients(compiled, ids, 0)
+    counters.clear()
+    with torch.no_grad():
+        for length in (8, 7, 5):
+            assert torch.equal(compiled(ids[:, :length]).logits, eager(ids[:, :length]).logits)
+    for parallel in (False, True):
+        texts = [lattice.generate(model, ids, 5, parallel_prefill=parallel) for model in (compiled, eager)]
+        assert torch.equal(*texts)
+    assert not counters["stats"]
+    gradients(compiled, ids, 0)
+    assert counters["stats"]["unique_graphs"] == 0  # those of training are still there
+    torch.compiler.reset()
+
+
 def test_a_full_graph_or_an_error():
     """The writes to a cache are in no graph: Jacobi iteration has none, sweeps do."""
     torch.compiler.reset()

@@ -1,12 +1,16 @@
-"""Which of torch's attention kernels may be taken: not cuDNN's where lengths vary, as when decoding."""
+"""Which of torch's attention kernels may be taken: not cuDNN's where lengths vary, as when decoding; and
+FlexAttention's own there too, whatever else runs uncompiled."""
+
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lattice
-from lattice import decoder
+from lattice import attention_mask, decoder
 from lattice.draws import Draw
+from lattice.hardware import any_length
 
 IDS = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -78,3 +82,18 @@ def test_a_choice_of_the_user_stays(model, seen, monkeypatch, chosen):
         now = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
     assert set(seen) == {now}
     assert now == (SDPBackend.CUDNN_ATTENTION in chosen, SDPBackend.MATH in chosen)
+
+
+def test_flex_attention_stays_compiled(monkeypatch):
+    """Without its kernel it would hold all scores. Here the kernel is a stand-in that tells how it is run."""
+    monkeypatch.setattr(
+        "torch.nn.attention.flex_attention.flex_attention", lambda one: one + torch.compiler.is_compiling()
+    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    fused = attention_mask._flex_attention.__wrapped__("cuda")
+    layer = torch.compile(lambda one: fused(one) + 2 * torch.compiler.is_compiling())
+    with torch.no_grad(), any_length():
+        assert fused(torch.zeros(1)) == 1
+        assert layer(torch.zeros(1)) == 1
+    assert layer(torch.zeros(1)) == 3
+    torch.compiler.reset()
