@@ -133,7 +133,7 @@ def _block_mask(found: dict[str, Any], *, mask: dict[str, Any], device: torch.de
     documents_BL = _documents(2, length, device)
     slots = Slots.interleaved(Tokens.of(torch.zeros_like(documents_BL), documents_BL=documents_BL), stages=2)
     rotary = Rotary(
-        torch.ones(1, 2 * length, 1, 16, device=device), torch.zeros(1, 2 * length, 1, 16, device=device)
+        torch.ones(1, 2 * length, 1, 32, device=device), torch.zeros(1, 2 * length, 1, 32, device=device)
     )
     generator = torch.Generator().manual_seed(0)
     query_BSHE, key_BGSE, value_BGSE = (

@@ -21,7 +21,8 @@ from lattice.sharded import put
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary position embedding, (B or 1, S, 1, R/2) for R rotated dimensions."""
+    """Cosines and sines of the rotary position embedding, (B or 1, S, 1, R) for R rotated dimensions: dimensions
+    i and i + R/2 turn together, and the sines of the first of them are negative."""
 
     cos: Tensor
     sin: Tensor
@@ -227,16 +228,18 @@ def rotary_tables(position_BS: Tensor, dimensions: int, theta: float, dtype: tor
     exponent = torch.arange(0, dimensions, 2, device=position_BS.device, dtype=torch.int64).to(precise)
     frequency = 1.0 / theta ** (exponent / dimensions)
     angle = position_BS[:, :, None, None].to(precise) * frequency
-    return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return Rotary(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(x_BSHE: Tensor, rotary: Rotary) -> Tensor:
     """Rotates the first R dimensions of each head; the others pass through. Keeps the tables alone for the
     backward pass, which is the inverse rotation."""
     cos, sin = rotary
-    half = cos.shape[-1]
-    first, second, rest = torch.split(x_BSHE, [half, half, x_BSHE.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    size = cos.shape[-1]
+    turning, rest = torch.split(x_BSHE, [size, x_BSHE.shape[-1] - size], dim=-1)
+    turned = torch.addcmul(turning * cos, turning.roll(size // 2, -1), sin)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def store(

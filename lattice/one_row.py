@@ -35,12 +35,14 @@ class Linear(nn.Linear):
 def _in_parts(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """A batch of products in float32, each with some of the outputs: MKL's batched product reads twice as
     fast as its matrix times vector, and on all threads. None for what this is not for."""
-    parts = math.gcd(len(weight), max(2, torch.get_num_threads()))
+    outputs, inputs = weight.shape
+    parts = math.gcd(outputs, max(2, torch.get_num_threads()))
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
     if parts == 1 or not plain or not x_D.dtype == weight.dtype == torch.float32:
         return None
-    columns = x_D.reshape(1, -1).t().expand(parts, -1, 1)  # MKL takes other strides ten times slower
-    product = torch.bmm(weight.view(parts, -1, weight.shape[1]), columns).view(*x_D.shape[:-1], -1)
+    # The same column for each part, in one call; MKL takes other strides ten times slower.
+    columns = x_D.contiguous().as_strided((parts, inputs, 1), (0, 1, inputs))
+    product = torch.bmm(weight.view(parts, -1, inputs), columns).view(*x_D.shape[:-1], outputs)
     return product if bias is None else product + bias
 
 
