@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lattice.decoder import AttentionMask, Blocks
-from lattice.graphs import allow_graphs
+from lattice.graphs import allow_graphs, stance
 from lattice.protocols import Mask, kind_of
 from lattice.slots import Side, Slots
 
@@ -191,7 +191,7 @@ def _flex_attention(device: str) -> Callable[..., Any]:
     def fused(*arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return compiled(*arguments, **options)
-        with torch.compiler.set_stance("default"):  # also where layers run as written (hardware.any_length)
+        with stance("default"):  # also where layers run as written (hardware.any_length)
             return compiled(*arguments, **options)
 
     return fused

@@ -21,8 +21,8 @@ from lattice.sharded import put
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary position embedding, (B or 1, S, 1, R) for R rotated dimensions: dimensions
-    i and i + R/2 turn together, and the sines of the first of them are negative."""
+    """Cosines and sines of the rotary position embedding, (B or 1, S, 1, R) for R rotated dimensions. Those
+    at i and i + R/2 turn together; the sines of the first half are negative."""
 
     cos: Tensor
     sin: Tensor

@@ -1,6 +1,10 @@
-"""How many graphs torch.compile may make of one function, and what they keep for the backward pass."""
+"""How many graphs torch.compile may make of one function, what they keep for the backward pass, and where
+none is run."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +23,16 @@ def keep_no_cheap_values() -> None:
     graphs (lattice/transient.py). Left to itself torch keeps whatever a matrix product of the backward pass
     reads."""
     torch._functorch.config.ban_recompute_materialized_backward = False
+
+
+@contextmanager
+def stance(name: str) -> Iterator[None]:
+    """torch.compiler.set_stance, but where a user compiles more than a layer: within that torch refuses to
+    change it."""
+    try:
+        chosen = torch.compiler.set_stance(name)
+    except RuntimeError:
+        yield
+        return
+    with chosen:
+        yield

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lattice.graphs import stance
 from lattice.launch import Agreed, Launch
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -132,7 +133,7 @@ def any_length() -> Iterator[None]:
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         yield
         return
-    with torch.compiler.set_stance("force_eager"), _without_cudnn():
+    with stance("force_eager"), _without_cudnn():
         yield
 
 

@@ -118,6 +118,18 @@ def test_decoding_and_evaluation_make_no_graphs(recurrence):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("recurrence", list(RECURRENCES))
+def test_a_model_may_be_compiled_as_a_whole(recurrence):
+    """As a user may call torch.compile; there no layer is for itself."""
+    torch.compiler.reset()
+    model = lattice.build_model(recipe_of(recurrence)).eval()
+    ids = torch.randint(49, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, expected)
+    torch.compiler.reset()
+
+
 def test_a_full_graph_or_an_error():
     """The writes to a cache are in no graph: Jacobi iteration has none, sweeps do."""
     torch.compiler.reset()

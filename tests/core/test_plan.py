@@ -70,7 +70,8 @@ def half(settings):
 
 
 def measured(recipe, *, documents=False, accumulated=False):
-    """A training step on real tensors, once AdamW has its moments: the model, what was alive, the moments' bytes."""
+    """A training step on real tensors, once AdamW has its moments: the model, what was alive, and the bytes
+    of the moments."""
     model = lattice.build_model(recipe)
     optimizer = recipe.component("optimizer").build(model)
     for parameter in model.parameters():
