@@ -186,12 +186,16 @@ def _flex_attention(device: str) -> Callable[..., Any]:
 
     if device != "cuda":
         return cast("Callable[..., Any]", flex_attention)
-    compiled = torch.compile(flex_attention)
+    return _always(torch.compile(flex_attention))
 
-    def fused(*arguments: Any, **options: Any) -> Any:
+
+def _always(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Where all else runs as written, too (hardware.any_length)."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return compiled(*arguments, **options)
-        with stance("default"):  # also where layers run as written (hardware.any_length)
+        with stance("default"):
             return compiled(*arguments, **options)
 
-    return fused
+    return call

@@ -1,8 +1,6 @@
 """Which of torch's attention kernels may be taken: not cuDNN's where lengths vary, as when decoding; and
 FlexAttention's own there too, whatever else runs uncompiled."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -84,16 +82,13 @@ def test_a_choice_of_the_user_stays(model, seen, monkeypatch, chosen):
     assert now == (SDPBackend.CUDNN_ATTENTION in chosen, SDPBackend.MATH in chosen)
 
 
-def test_flex_attention_stays_compiled(monkeypatch):
+def test_flex_attention_stays_compiled():
     """Without its kernel it would hold all scores. Here the kernel is a stand-in that tells how it is run."""
-    monkeypatch.setattr(
-        "torch.nn.attention.flex_attention.flex_attention", lambda one: one + torch.compiler.is_compiling()
-    )
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    fused = attention_mask._flex_attention.__wrapped__("cuda")
-    layer = torch.compile(lambda one: fused(one) + 2 * torch.compiler.is_compiling())
+    stand_in = torch.compile(lambda one: one + torch.compiler.is_compiling(), backend="eager")
+    attention = attention_mask._always(stand_in)
+    layer = torch.compile(lambda one: attention(one) + 2 * torch.compiler.is_compiling(), backend="eager")
     with torch.no_grad(), any_length():
-        assert fused(torch.zeros(1)) == 1
+        assert attention(torch.zeros(1)) == 1
         assert layer(torch.zeros(1)) == 1
     assert layer(torch.zeros(1)) == 3
     torch.compiler.reset()
