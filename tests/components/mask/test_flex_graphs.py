@@ -51,9 +51,8 @@ def test_it_stays_compiled_whatever_the_shapes(backbone, layers, monkeypatch):
             "compile": {"kind": "block", "backend": "eager"},
         }
     )
-    model = (
-        lattice.build_model(recipe).eval().requires_grad_(False)
-    )  # on a CPU FlexAttention has no gradients
+    model = lattice.build_model(recipe).eval()
+    model.requires_grad_(False)  # on a CPU FlexAttention has no gradients
     shapes = SHAPES if layers == "as they are" else SHAPES[:3]
     batches = [
         {"input_ids": some_ids(*shape), "documents": (torch.arange(shape[1]) // 7).expand(shape)}
