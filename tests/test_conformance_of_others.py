@@ -25,6 +25,27 @@ class Costly(Llama):
         return replace(cost, attention=cost.attention // 2)
 
 
+@register("backbone", "test_last")
+@dataclass(frozen=True, kw_only=True)
+class Last(Llama):
+    """It declares that a layer ends with a product of half the size: block checkpointing would seem dear."""
+
+    @property
+    def layer_cost(self):
+        cost = super().layer_cost
+        return replace(cost, last=cost.last // 2)
+
+
+@register("backbone", "test_narrow")
+@dataclass(frozen=True, kw_only=True)
+class Narrow(Llama):
+    """It declares no wide products: selective checkpointing would seem to compute nothing again."""
+
+    @property
+    def layer_cost(self):
+        return replace(super().layer_cost, wide=(0, 0, 0))
+
+
 class Smoothed(nn.Module):
     def __init__(self, norm):
         super().__init__()
@@ -138,6 +159,8 @@ def test_a_backbone_conforms():
 
 def test_mistakes_are_caught():
     assert broken("backbone", "test_costly", ["shapes", "causality", "cost"]) == {"cost"}
+    assert broken("backbone", "test_last", ["shapes", "cost"]) == {"cost"}
+    assert broken("backbone", "test_narrow", ["shapes", "cost"]) == {"cost"}
     assert "causality" in broken("backbone", "test_smoothed", ["shapes", "causality"])
     assert broken("mask", "test_even", ["shapes", "causality", "batch and padding"]) == {"batch and padding"}
     assert broken("mask", "test_documents_unseen") == {"documents"}

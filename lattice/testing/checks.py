@@ -260,7 +260,7 @@ def determinism(subject: Subject) -> str | None:
 
 def cost(subject: Subject) -> str | None:
     """Token-passes, operations, slots and numbers in the cache are as declared: at evaluation, in a training
-    step with its backward pass, and in decoding."""
+    step with its backward pass, and in decoding; and what activation checkpointing computes again is."""
     for when, what, counted, declared in _costs(subject):
         missed = [one - other for one, other in zip(counted, declared, strict=True)]
         # Five standard errors, from what two draws of the same step differ by.
@@ -299,6 +299,15 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], list[float
     }
     declared = [operations_of(recipe, passes, length=length, backward=True) for passes in training]
     yield "training", "operations", [steps[forward] for forward in alike], declared
+    # Of a training step of one pass exactly; of several the last product of one is not always computed again.
+    if len(set(alike)) == 1 and all(len(passes) == 1 for passes in training):
+        for kind in ("block", "selective"):
+            checkpointing = {"activation_checkpoint": {"kind": kind}}
+            again = subject.model(component, **checkpointing)
+            counted = operations(partial(_train, again, ids, DRAWS[0])) / length - steps[alike[0]]
+            declared_again = ledger(subject.recipe(component, **checkpointing), length=length)
+            what = f"operations again with activation_checkpoint.kind = '{kind}'"
+            yield "training", what, [counted], [declared_again.repeated_operations]
     prompt, costs = subject.ids(1, CONTEXT - 2), ledger(recipe, length=CONTEXT)
     _, cache = model.prefill(prompt, parallel=True)
     slots = 0 if cache.slots is None else len(cache.slots.stage_S)
