@@ -235,11 +235,16 @@ def rotary_tables(position_BS: Tensor, dimensions: int, theta: float, dtype: tor
 def rotate(x_BSHE: Tensor, rotary: Rotary) -> Tensor:
     """Rotates the first R dimensions of each head; the others pass through. Keeps the tables alone for the
     backward pass, which is the inverse rotation."""
+    size, whole = rotary.cos.shape[-1], x_BSHE.shape[-1]
+    if size == whole:
+        return _turned(x_BSHE, rotary)
+    turning, rest = torch.split(x_BSHE, [size, whole - size], dim=-1)
+    return torch.cat([_turned(turning, rotary), rest], dim=-1)
+
+
+def _turned(x_BSHR: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary
-    size = cos.shape[-1]
-    turning, rest = torch.split(x_BSHE, [size, x_BSHE.shape[-1] - size], dim=-1)
-    turned = torch.addcmul(turning * cos, turning.roll(size // 2, -1), sin)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    return torch.addcmul(x_BSHR * cos, x_BSHR.roll(cos.shape[-1] // 2, -1), sin)
 
 
 def store(

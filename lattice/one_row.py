@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +17,17 @@ from torch.nn import functional as F
 
 from lattice.transient import product_dtype
 
+_attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+
 
 class Linear(nn.Linear):
     """For backbones: torch's linear, but for a single row on a CPU, without gradients."""
 
     def forward(self, input: Tensor) -> Tensor:
-        single = input.numel() == input.shape[-1] and input.device.type == "cpu"
-        if not single or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # The cheapest questions first: on a GPU decoding waits for Python.
+        if torch.is_grad_enabled() or input.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(input)
+        if input.numel() != input.shape[-1]:
             return super().forward(input)
         if product_dtype(input) != torch.float32:
             return _without_onednn(super().forward, input)
@@ -42,8 +45,12 @@ def _in_parts(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
         return None
     # The same column for each part, in one call; MKL takes other strides ten times slower.
     columns = x_D.contiguous().as_strided((parts, inputs, 1), (0, 1, inputs))
-    product = torch.bmm(weight.view(parts, -1, inputs), columns).view(*x_D.shape[:-1], outputs)
-    return product if bias is None else product + bias
+    in_parts = weight.view(parts, -1, inputs)
+    if bias is None:
+        product = torch.bmm(in_parts, columns)
+    else:
+        product = torch.baddbmm(bias.view(parts, -1, 1), in_parts, columns)
+    return product.view(*x_D.shape[:-1], outputs)
 
 
 def _without_onednn(linear: Callable[[Tensor], Tensor], x_D: Tensor) -> Tensor:
@@ -67,9 +74,9 @@ def kept_dtype(like: Tensor) -> torch.dtype:
 def attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, **options: Any) -> Tensor:
     """Scaled dot-product attention, in the precision of the queries. Of one query, on a CPU: torch's kernel
     for bfloat16 takes longer than computing in float32."""
-    attend: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, **options)
-    one = query_BHSE.shape[2] == 1 and not torch.is_grad_enabled() and query_BHSE.device.type == "cpu"
+    one = query_BHSE.shape[2] == 1 and query_BHSE.device.type == "cpu" and not torch.is_grad_enabled()
     if not one or (dtype := product_dtype(query_BHSE)) != torch.bfloat16:
-        return attend(query_BHSE, key_BGSE.to(query_BHSE.dtype), value_BGSE.to(query_BHSE.dtype))
+        like = query_BHSE.dtype
+        return _attend(query_BHSE, key_BGSE.to(like), value_BGSE.to(like), **options)
     with torch.autocast("cpu", enabled=False):
-        return attend(query_BHSE.float(), key_BGSE.float(), value_BGSE.float()).to(dtype)
+        return _attend(query_BHSE.float(), key_BGSE.float(), value_BGSE.float(), **options).to(dtype)

@@ -36,7 +36,7 @@ def transient(function: Callable[..., Tensor], *inputs: Tensor, into: Callable[[
     linears in `into` get the value in the precision in which they compute.
     """
     # What torch.compile keeps it decides itself.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return into(function(*inputs))
     parameters = dict(function.named_parameters()) if isinstance(function, nn.Module) else {}
     value: Tensor = _Value.apply(  # type: ignore[no-untyped-call]

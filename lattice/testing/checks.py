@@ -302,7 +302,7 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], list[float
     # Of a training step of one pass exactly; of several the last product of one is not always computed again.
     if len(set(alike)) == 1 and all(len(passes) == 1 for passes in training):
         for kind in ("block", "selective"):
-            checkpointing = {"activation_checkpoint": {"kind": kind}}
+            checkpointing: dict[str, Any] = {"activation_checkpoint": {"kind": kind}}
             again = subject.model(component, **checkpointing)
             counted = operations(partial(_train, again, ids, DRAWS[0])) / length - steps[alike[0]]
             declared_again = ledger(subject.recipe(component, **checkpointing), length=length)
