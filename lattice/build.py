@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ def build_model(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str 
 def weightless_model(recipe: Recipe) -> LanguageModel:
     """Its decoder is on the meta device, where it can be divided among ranks before it has weights. What a
     recurrence has of its own is small: it is drawn by what builds it."""
-    with torch.device("meta"):
-        model = undrawn_model(recipe)
-    if isinstance(model.unroll, torch.nn.Module):
+    recurrence, shape = recipe.component("recurrence"), recipe.component("backbone").shape
+    with _options_named(recipe):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Draw(recipe.run.seed, 0).integer("recurrence", 0, 2**62))
-            model.unroll = model.recurrence.build(model.shape)
-    return model
+            unroll = recurrence.build(shape)
+        with torch.device("meta"):
+            return LanguageModel(*_parts(recipe), unroll=unroll)
 
 
 def draw_weights(model: LanguageModel, recipe: Recipe, device: torch.device) -> None:
@@ -51,11 +52,26 @@ def draw_weights(model: LanguageModel, recipe: Recipe, device: torch.device) -> 
 
 def undrawn_model(recipe: Recipe) -> LanguageModel:
     """The modules, on the current default device, their weights not drawn. Raises RecipeError."""
+    with _options_named(recipe):
+        return LanguageModel(*_parts(recipe))
+
+
+def _parts(recipe: Recipe) -> tuple[Any, ...]:
     roles = ("backbone", "recurrence", "mask", "loss", "activation_checkpoint")
+    return tuple(recipe.component(role) for role in roles)
+
+
+@contextmanager
+def _options_named(recipe: Recipe) -> Iterator[None]:
+    """Says where the recipe has an option that this backbone's shape does not allow: its name, perhaps one of
+    a table's, comes first in the error."""
     try:
-        return LanguageModel(*(recipe.component(role) for role in roles))
-    except ValueError as error:  # an option that this backbone's shape does not allow; its name comes first
+        yield
+    except ValueError as error:
         option = str(error).split(" ", 1)[0]
-        if not hasattr(recipe.component("recurrence"), option):
+        path = tuple(option.split("."))
+        if not hasattr(recipe.component("recurrence"), path[0]):
             raise
-        raise RecipeError([f"{recipe.origin(('recurrence', option))}: recurrence.{error}"]) from error
+        places = ("recurrence", *path), ("recurrence", path[0])
+        place = next((one for one in places if one in recipe.origins), places[-1])
+        raise RecipeError([f"{recipe.origin(place)}: recurrence.{error}"]) from error

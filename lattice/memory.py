@@ -7,7 +7,8 @@ this machine could not hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,6 +25,7 @@ from lattice.draws import Draw, Most
 from lattice.ledger import dearest_step
 from lattice.live_tensors import LiveTensors
 from lattice.model import LanguageModel
+from lattice.optimizer_state import check_state
 from lattice.protocols import Optimizer, Precision, kind_of
 from lattice.recipe import Recipe
 from lattice.registry import lookup, place_of
@@ -69,7 +71,8 @@ def step_memory(
     precision = given.as_in_memory
     # A recurrence may use tensors of its module, which are real.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        model = undrawn_model(recipe)
+        with _predicting("recurrence", recipe):
+            model = undrawn_model(recipe)
         precision.apply(model)
         if gpu and length >= BLOCKS_FROM:
             model.mask = lookup("mask", "causal")()  # needs what a block mask does
@@ -79,15 +82,12 @@ def step_memory(
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         most = Most(recipe.run.seed, dearest_step(recipe))
-        try:
+        with _predicting("recurrence", recipe):
             live = traced_step(model, ids_BL, precision, documents_BL=documents_BL, draw=most)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NotPredicted(
-                f"recurrence '{kind_of(model.recurrence)}': what it computes depends on values: memory is "
-                f"not predicted{place_of(error)}"
-            ) from error
-        updated = optimizer.build(model)
-        updated.step()
+        with _predicting("optimizer", recipe):
+            updated = optimizer.build(model)
+            updated.step()
+        check_state(kind_of(optimizer), updated, dict(model.named_parameters()))
         states = (value for state in updated.state.values() for value in state.values())
         moments = _bytes(value for value in states if isinstance(value, Tensor) and value.dim())
         weights = _bytes(model.parameters())
@@ -102,6 +102,18 @@ def step_memory(
         logits=parts["logits"],
         activations=parts["other"],
     )
+
+
+@contextmanager
+def _predicting(role: str, recipe: Recipe) -> Iterator[None]:
+    """In this context the component of that role computes, on fake tensors."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise NotPredicted(
+            f"{role} '{kind_of(recipe.component(role))}': what it computes depends on values: memory is not "
+            f"predicted{place_of(error)}"
+        ) from error
 
 
 def traced_step(

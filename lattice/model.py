@@ -15,8 +15,17 @@ from lattice.cache import KVCache
 from lattice.decoder import check_decoder
 from lattice.draws import Draw
 from lattice.hardware import any_length
-from lattice.protocols import ActivationCheckpoint, Backbone, Loss, Mask, Recurrence, Unrolled, kind_of
-from lattice.registry import check_unroll
+from lattice.protocols import (
+    ActivationCheckpoint,
+    Backbone,
+    Loss,
+    Mask,
+    Recurrence,
+    Unroll,
+    Unrolled,
+    kind_of,
+)
+from lattice.registry import check_unroll, lookup
 from lattice.slots import Tokens, check_alike
 from lattice.split import Split
 from lattice.stack import Stack
@@ -78,16 +87,21 @@ class LanguageModel(nn.Module):
         mask: Mask,
         loss: Loss,
         checkpointing: ActivationCheckpoint,
+        *,
+        unroll: Unroll | None = None,
     ) -> None:
+        """`unroll`: what the recurrence has built; built here if not given."""
         super().__init__()
         self.components: dict[str, Any] = {"backbone": backbone, "recurrence": recurrence, "mask": mask}
         self.decoder = backbone.build()
         check_decoder(self.decoder, kind_of(backbone), backbone.shape)
-        self.unroll = recurrence.build(backbone.shape)
+        self.unroll = recurrence.build(backbone.shape) if unroll is None else unroll
         check_unroll(self.unroll)
         self.shape = backbone.shape
         self.mask = mask
         self.loss = loss
+        self.measure: Loss = lookup("loss", "cross_entropy")()
+        """What is reported of held-out text, whatever a training minimises, so that models compare."""
         self.checkpointing = checkpointing
         self.split: Split | None = None
         """Set where several ranks share a sequence in training."""
@@ -111,7 +125,8 @@ class LanguageModel(nn.Module):
 
         `input_ids` (B, L); `attention_mask` (B, L), 0 for padding; `documents` (B, L), document numbers of
         a packed batch; `targets` (B, L), already shifted, -100 does not count: with them the output holds
-        the loss in place of the logits. Raises ValueError for a sequence longer than the context and for
+        the loss in place of the logits, in training mode or with a `draw` the one that the recipe says,
+        otherwise cross entropy. Raises ValueError for a sequence longer than the context and for
         shapes that are not alike.
         """
         check_alike(input_ids, targets=targets)
@@ -121,7 +136,8 @@ class LanguageModel(nn.Module):
         if targets is None:
             logits_BLV = stack.logits(unrolled.hidden_BLD)
             return Output(logits_BLV, telemetry=self._telemetry(unrolled), passes=stack.passes)
-        loss_sum, count = self._loss(unrolled.hidden_BLD, targets)
+        loss = self.loss if self.training or draw is not None else self.measure
+        loss_sum, count = self._loss(loss, unrolled.hidden_BLD, targets)
         adds = draw is not None and (unrolled.also_predict or unrolled.penalty_BL is not None)
         return Output(
             loss_sum=loss_sum,
@@ -131,9 +147,11 @@ class LanguageModel(nn.Module):
             auxiliary_sum=self._auxiliary(unrolled, targets) if adds else None,
         )
 
-    def _loss(self, hidden_BLD: Tensor, targets_BL: Tensor, *weights_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, loss: Loss, hidden_BLD: Tensor, targets_BL: Tensor, *weights_BL: Tensor
+    ) -> tuple[Tensor, Tensor]:
         by_token = (tensor.flatten() for tensor in (targets_BL, *weights_BL))
-        return self.loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, *by_token)
+        return loss.total(hidden_BLD.flatten(0, 1), self.decoder.head, *by_token)
 
     def _auxiliary(self, unrolled: Unrolled, targets_BL: Tensor) -> Tensor:
         """Raises ValueError for other shapes than those of the tokens, TypeError for what is no weight."""
@@ -147,9 +165,9 @@ class LanguageModel(nn.Module):
                 )
             if isinstance(weight, Tensor) and weight.dim():
                 self._check_shape("a weight of also_predict", weight, targets_BL.shape)
-                total = total + self._loss(hidden_BLD, targets_BL, weight)[0]
+                total = total + self._loss(self.loss, hidden_BLD, targets_BL, weight)[0]
             else:
-                total = total + weight * self._loss(hidden_BLD, targets_BL)[0]
+                total = total + weight * self._loss(self.loss, hidden_BLD, targets_BL)[0]
         if unrolled.penalty_BL is not None:
             self._check_shape("penalty_BL", unrolled.penalty_BL, targets_BL.shape)
             total = total + unrolled.penalty_BL.float().masked_fill(targets_BL == -100, 0).sum()

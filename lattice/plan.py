@@ -74,7 +74,7 @@ class Setting:
 
 def thinking_recipes(recipe: Recipe, thoughts: Sequence[int] | None) -> dict[int, Recipe]:
     """The recipe with each of these numbers of thoughts. Of None: with those of the usual ones that its
-    recurrence can have, or as it is where it can have none of them. Raises ValueError for a number that it
+    recurrence can have, and as it is, with what its training draws. Raises ValueError for a number that it
     cannot have."""
     if thoughts is not None:
         return {count: with_thoughts(recipe, count) for count in thoughts}
@@ -82,7 +82,8 @@ def thinking_recipes(recipe: Recipe, thoughts: Sequence[int] | None) -> dict[int
     for count in USUAL:
         with suppress(ValueError):
             found[count] = with_thoughts(recipe, count)
-    return found or {own_thoughts(recipe): recipe}
+    found[own_thoughts(recipe)] = recipe
+    return dict(sorted(found.items()))
 
 
 def plan(recipe: Recipe, thoughts: Sequence[int] | None, target: Target) -> Iterator[Setting]:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -464,6 +464,10 @@ class Data(Protocol):
     def open(self, request: DataRequest) -> Source: ...
 
 
+Held: TypeAlias = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
+"""Tensors of a checkpoint in nested dicts, or what gives them from its facts, which say what it holds."""
+
+
 class Checkpointer(Protocol):
     """Saves and restores the state of one run. Of several ranks all call the same methods in the same order,
     and what fails on one raises on all at the same call."""
@@ -489,13 +493,13 @@ class Checkpointer(Protocol):
         """The first of the candidates."""
         ...
 
-    def load(self, path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    def load(self, path: Path, tensors: Held) -> dict[str, Any]:
         """Fills `tensors` in place, returns the facts. Top-level entries of the checkpoint that `tensors`
         lacks are left out. Never executes code from the checkpoint. Raises ValueError, with nothing changed,
         for a damaged checkpoint and for one of another model."""
         ...
 
-    def load_latest(self, tensors: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    def load_latest(self, tensors: Held) -> tuple[Path, dict[str, Any]] | None:
         """Loads the latest candidate that is intact, with a warning for each that is not; None where there
         is no candidate. Raises ValueError if none is intact or the checkpoint is of another model."""
         ...

@@ -110,6 +110,8 @@ def _conforms(cls: type, role: str) -> None:
             if wanted != given:
                 problems.append(f"'{method}' takes ({', '.join(given)}), not ({', '.join(wanted)})")
     names = {option.name for option in dataclasses.fields(cls)}
+    if "kind" in names:
+        problems.append("no option may be called 'kind', which names the component")
     for attribute in getattr(protocol, "__annotations__", {}):
         if attribute not in names and not hasattr(cls, attribute):
             problems.append(f"the option '{attribute}' is missing")

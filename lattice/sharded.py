@@ -24,6 +24,11 @@ def put(parameter: Tensor, whole: Tensor) -> None:
         parameter.copy_(whole)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of it, detached."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def alike(tensors: Iterable[T]) -> list[list[T]]:
     """Those that are divided alike together, in their order: operations on lists of tensors mix no others."""
     groups = defaultdict[Any, list[T]](list)

@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from lattice import optimizer_state
 from lattice.assemble import TrainingGraph
 from lattice.model import LanguageModel
 from lattice.protocols import kind_of
+from lattice.sharded import local
 
 
 def tensors(graph: TrainingGraph) -> dict[str, Any]:
-    """Views of the live tensors, by name; loading into them changes the graph, but for the optimizer's."""
-    return {"model": weights(graph.model), "optimizer": _optimizer(graph)["state"]}
+    """Views of the live tensors, by name: weights, and the optimizer's state of those parameters that it has
+    one of."""
+    model = weights(graph.model)  # first: the optimizer knows sharded parameters alone
+    # Asked for the state of an optimizer that has none, torch would take a step.
+    state = _optimizer(graph)["state"] if graph.optimizer.state else {}
+    return {"model": model, "optimizer": state}
 
 
 def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -41,26 +48,39 @@ def _parameters(model: LanguageModel) -> dict[str, torch.nn.Parameter]:
 
 
 def _optimizer(graph: TrainingGraph) -> dict[str, Any]:
-    """The optimizer's state by parameter name. A parameter that no gradient has reached has none yet; here it
-    has what its first step starts from: zeros."""
+    """The optimizer's state by parameter name. Where it has none at all torch takes a step, with gradients
+    and a learning rate of zero, which may change the weights nevertheless."""
     found: dict[str, Any] = get_optimizer_state_dict(graph.model, graph.optimizer)
-    state, parameters = found["state"], _parameters(graph.model)
-    like: dict[str, torch.Tensor] = next(iter(state.values()), {})
-    for name in (name for group in found["param_groups"] for name in group["params"] if name not in state):
-        state[name] = {
-            key: torch.zeros_like(parameters[name].detach() if value.ndim else value)
-            for key, value in like.items()
-        }
     return found
 
 
-def facts(graph: TrainingGraph, step: int, *, seconds: float, peak_memory_mib: float) -> dict[str, Any]:
-    """`step` steps are done, in `seconds`, with so much memory at most."""
+def not_finite(model: LanguageModel) -> list[str]:
+    """Names of the parameters of which something, here, is no number or infinite."""
+    named = [(name, local(parameter)) for name, parameter in _parameters(model).items()]
+    if not named:
+        return []
+    # On a GPU one answer for all of them, for which training waits once.
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()
+    return [name for (name, _), holds in zip(named, finite, strict=True) if not holds]
+
+
+def facts(
+    graph: TrainingGraph,
+    step: int,
+    *,
+    seconds: float,
+    peak_memory_mib: float,
+    earlier_ends: Sequence[Sequence[int]] = (),
+) -> dict[str, Any]:
+    """`step` steps are done, in `seconds`, with so much memory at most. `earlier_ends`: after which steps the
+    run was given another number of steps, and how many it had until then."""
     random = {"cpu": torch.get_rng_state()}
     if graph.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(graph.device)
     return {
         "step": step,
+        "steps": graph.recipe.run.steps,
+        "earlier_ends": list(earlier_ends),
         "tokens": step * graph.recipe.run.batch_tokens,
         "seconds": seconds,
         "peak_memory_mib": peak_memory_mib,
@@ -68,6 +88,9 @@ def facts(graph: TrainingGraph, step: int, *, seconds: float, peak_memory_mib: f
         "tokenizer": graph.codec.fingerprint,
         "data": _position(graph, step),
         "groups": _moved(graph),
+        "without_state": [
+            name for name, one in _parameters(graph.model).items() if one not in graph.optimizer.state
+        ],
         "random": {name: base64.b64encode(bytes(state.numpy())).decode() for name, state in random.items()},
     }
 
@@ -78,12 +101,18 @@ def resume(graph: TrainingGraph) -> dict[str, Any] | None:
     Raises ValueError where the checkpoint is of another model or of other data, and for what no checkpoint
     could hold.
     """
-    model, optimizer = weights(graph.model), _optimizer(graph)
-    _check_state(graph, optimizer["state"])
-    found = graph.checkpointer.load_latest({"model": model, "optimizer": optimizer["state"]})
+    optimizer: dict[str, Any] = {}
+
+    def held(loaded: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint with these facts holds."""
+        model = weights(graph.model)
+        optimizer.update(_optimizer(graph))
+        without = loaded.get("without_state", [])
+        state = {name: value for name, value in optimizer["state"].items() if name not in without}
+        return {"model": model, "optimizer": state}
+
+    found = graph.checkpointer.load_latest(held)
     if found is None:
-        graph.optimizer.state.clear()  # asking for its state has taken a step, with gradients of zero
-        _put_back_groups(graph, [])
         _position(graph, 0)
         return None
     path, loaded = found
@@ -94,6 +123,11 @@ def resume(graph: TrainingGraph) -> dict[str, Any] | None:
             "Restore the data, or start a new run with --out"
         )
     set_optimizer_state_dict(graph.model, graph.optimizer, optimizer)
+    parameters = _parameters(graph.model)
+    for name in loaded.get("without_state", []):
+        graph.optimizer.state.pop(
+            parameters[name], None
+        )  # it begins with the first gradient, as it would have
     _put_back_groups(graph, loaded.get("groups", []))
     _put_back(loaded.get("random", {}), graph.device)
     return loaded
@@ -110,16 +144,10 @@ def _position(graph: TrainingGraph, step: int) -> dict[str, Any]:
     return told
 
 
-def _check_state(graph: TrainingGraph, state: dict[str, Any], of: str = "") -> None:
-    for name, value in state.items():
-        if isinstance(value, dict):
-            _check_state(graph, value, of or name)
-        elif not isinstance(value, torch.Tensor):
-            kind = kind_of(graph.recipe.component("optimizer"))
-            raise ValueError(
-                f"optimizer '{kind}': its state of {of} has '{name}', a {type(value).__name__}; must be a "
-                "tensor, which a checkpoint can hold"
-            )
+def check_state(graph: TrainingGraph) -> None:
+    """After a step: raises ValueError for a state of the optimizer that no checkpoint could hold."""
+    kind = kind_of(graph.recipe.component("optimizer"))
+    optimizer_state.check_state(kind, graph.optimizer, _parameters(graph.model))
 
 
 def _moved(graph: TrainingGraph) -> list[dict[str, Any]]:

@@ -42,6 +42,10 @@ class NonFiniteLoss(Agreed):
     """The loss or a gradient is no number; nothing was updated with it."""
 
 
+class NonFiniteWeights(Agreed):
+    """A weight is no number; nothing was saved with it."""
+
+
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
@@ -100,8 +104,7 @@ def _train(recipe: Recipe, folder: Path, world: World, device: torch.device) -> 
                 ]
             )
         if resumed["step"]:
-            prolonged = world.from_first(lambda: _prolonged(folder, recipe))
-            say(f"resuming '{folder}' after step {resumed['step']}{prolonged}")
+            say(f"resuming '{folder}' after step {resumed['step']}{_prolonged(resumed, recipe)}")
         # Only now: a recipe whose parts do not fit leaves no run behind, and none as it was.
         world.from_first(lambda: run_folder.open_run(folder, recipe))
         parameters = sum(parameter.numel() for parameter in graph.model.parameters())
@@ -134,12 +137,12 @@ def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     return summary
 
 
-def _prolonged(folder: Path, recipe: Recipe) -> str:
+def _prolonged(resumed: Mapping[str, Any], recipe: Recipe) -> str:
     """What is said of a run that is given another number of steps than it had."""
-    before = run_folder.read_table(folder)["run"]["steps"]
+    before = resumed.get("steps", recipe.run.steps)
     if before == recipe.run.steps:
         return ""
-    ended = ", where it had ended" if run_folder.finished(folder, before) else ""
+    ended = ", where it had ended" if resumed["step"] == before else ""
     return (
         f"{ended}: with {recipe.run.steps} steps in place of {before} its learning rate follows another "
         "schedule from here on"
@@ -156,6 +159,11 @@ class Loop:
         self.first: int = before["step"]
         self.started = time.perf_counter() - before["seconds"]
         self.peak_before: float = before.get("peak_memory_mib", 0.0)
+        self.earlier_ends: list[list[int]] = list(before.get("earlier_ends", []))
+        """Where the run was given another number of steps: after which step, and how many it had until then.
+        Its learning rate did not follow one schedule."""
+        if before.get("steps", self.run_options.steps) != self.run_options.steps:
+            self.earlier_ends.append([self.first, before["steps"]])
         self.results: dict[str, dict[str, float | str]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -172,6 +180,8 @@ class Loop:
             for done in range(self.first + 1, options.steps + 1):
                 self.watch.at(done, "data")
                 row = self._step(done, next(steps, []))
+                if done == self.first + 1:
+                    state.check_state(graph)
                 self.watch.at(done, "log")
                 self._log(row)
                 shown.step(row)
@@ -306,17 +316,20 @@ class Loop:
         self, done: int, losses: list[float], grad_norm: float, batches: list[Batch]
     ) -> NonFiniteLoss:
         graph = self.graph
-        self._saved()
-        good = graph.checkpointer.latest()
-        last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        last = self._last_good()
         read = graph.world.all(self._read(batches))
         at_fault = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         where = "; ".join(f"rank {rank}: {read[rank]}" if len(read) > 1 else read[rank] for rank in at_fault)
         loss = sum(losses) / graph.spread.copies
         return NonFiniteLoss(
             f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite; the weights were not updated. "
-            f"The batch: {where}. {last[0].upper()}{last[1:]}"
+            f"The batch: {where}. {last}"
         )
+
+    def _last_good(self) -> str:
+        self._saved()
+        good = self.graph.checkpointer.latest()
+        return f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
 
     def _evaluated(self) -> list[str]:
         """The evaluators whose figures of the step that the run goes on from are known."""
@@ -340,12 +353,29 @@ class Loop:
 
     def _save(self, done: int) -> None:
         self.watch.at(done, "checkpoint")
+        self._check_finite(done)
         peak = self._peak_memory_mib()
         if self.graph.world.rank == 0:
             self._file.sync()
         seconds = time.perf_counter() - self.started
-        facts = state.facts(self.graph, done, seconds=seconds, peak_memory_mib=peak)
+        facts = state.facts(
+            self.graph,
+            done,
+            seconds=seconds,
+            peak_memory_mib=peak,
+            earlier_ends=self.earlier_ends,
+        )
         self.graph.checkpointer.save(done, state.tensors(self.graph), facts)
+
+    def _check_finite(self, done: int) -> None:
+        """That a checkpoint is one to go on from: an update may spoil what loss and gradient do not show."""
+        spoilt_R = self.graph.world.all(state.not_finite(self.graph.model))
+        spoilt = list(dict.fromkeys(name for names in spoilt_R for name in names))
+        if spoilt:
+            raise NonFiniteWeights(
+                f"step {done}: after its update {len(spoilt)} parameters are not finite, first {spoilt[0]}; "
+                f"nothing was saved. {self._last_good()}"
+            )
 
     def _open_logs(self, stack: ExitStack) -> None:
         """Rank 0 writes what is logged; the numbers are those of all ranks."""
@@ -405,6 +435,7 @@ class Loop:
                 "hardware": hardware.describe(graph.device),
                 "ranks": graph.world.size,
                 "fingerprints": graph.source.fingerprints,
+                "earlier_ends": self.earlier_ends,
             },
         }
         for name, values in self.results.items():

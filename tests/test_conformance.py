@@ -8,7 +8,7 @@ import pytest
 import lattice
 from lattice import cli, registry, scaffold
 from lattice.testing import BACKBONES, assert_conforms, check_recurrence
-from lattice.testing.subject import VOCABULARY
+from lattice.testing.subject import VOCABULARY, shown
 from lattice.thought_counts import with_iterations
 from tests.built_in import built_in
 
@@ -110,6 +110,12 @@ def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "token_gate"})
     assert_conforms({"kind": "sweeps"}, check="parallel and sequential")
     assert_conforms({"kind": "sweeps"}, check="cost")
+
+
+def test_what_float32_rounds_is_said_to_be_that():
+    for gap in (4e-8, 3e-7):
+        assert "promote_types" in shown(gap)
+    assert [shown(gap) for gap in (1e-9, 1e-3, float("inf"))] == ["1.0e-09", "1.0e-03", "inf"]
 
 
 def test_operations_of_its_own_that_are_drawn_count_in_the_mean():

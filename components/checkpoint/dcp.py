@@ -30,7 +30,7 @@ from lattice.components.checkpoint._manifest import (
 from lattice.components.checkpoint._ranks import Ranks
 from lattice.components.checkpoint._saving import Saving
 from lattice.components.checkpoint._tensors import flatten, prepare_reading, prepare_writing, written_files
-from lattice.protocols import Checkpoint, Checkpointer
+from lattice.protocols import Checkpoint, Checkpointer, Held
 from lattice.registry import register
 
 __all__ = ["CheckpointError", "CorruptCheckpoint", "DcpCheckpoint", "DcpCheckpointer"]
@@ -187,7 +187,7 @@ class DcpCheckpointer(Checkpointer):
     def latest(self) -> Path | None:
         return next(iter(self.candidates()), None)
 
-    def load(self, path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    def load(self, path: Path, tensors: Held) -> dict[str, Any]:
         """Raises CorruptCheckpoint for damaged files and CheckpointError for tensors of other names, shapes
         or number formats, both before anything is changed. Top-level entries of the checkpoint that
         `tensors` lacks are left out: evaluation asks for the model only."""
@@ -196,7 +196,8 @@ class DcpCheckpointer(Checkpointer):
         share = dict(sorted(files.items())[self._ranks.rank :: self._ranks.size])
         self._ranks.together(lambda: verify(path, share))
         facts = self._ranks.from_first(lambda: _read_facts(path / FACTS))
-        fill = self._ranks.together(lambda: prepare_reading(path, tensors))
+        held = tensors(facts) if callable(tensors) else tensors
+        fill = self._ranks.together(lambda: prepare_reading(path, held))
         self._ranks.together(fill)
         return facts
 
@@ -213,7 +214,7 @@ class DcpCheckpointer(Checkpointer):
         self._used = True
         _folder.clean(self._folder)
 
-    def load_latest(self, tensors: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    def load_latest(self, tensors: Held) -> tuple[Path, dict[str, Any]] | None:
         """For the run itself: also removes what a killed save left behind."""
         self._settle()
         self._ranks.from_first(self._tidy)

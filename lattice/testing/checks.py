@@ -34,6 +34,7 @@ from lattice.testing.subject import (
     difference,
     outcome,
     padded,
+    shown,
     stepwise,
 )
 
@@ -80,7 +81,7 @@ def causality(subject: Subject) -> str | None:
                     if gap.max() > EXACT:
                         row, token = divmod(int(gap.argmax()), at)
                         change = f"from id {int(ids[row, at])} to {int(changed[row, at])}"
-                        whose = f"{what} of token {token} by {gap.max():.1e}"
+                        whose = f"{what} of token {token} by {shown(float(gap.max()))}"
                         when = "" if draw is None else f", in training step {draw.step}"
                         return f"L={length}{when}: changing token {at} {change} changes {whose}"
     return None
@@ -93,13 +94,13 @@ def parallel_and_sequential(subject: Subject) -> str | None:
         model, ids = subject.model(subject.converged(length)), subject.ids(rows, length)
         gap = difference(model(ids).logits, stepwise(model, ids))
         if gap > EXACT:
-            return f"B={rows}, L={length}: parallel and step-by-step logits differ by {gap:.1e}"
+            return f"B={rows}, L={length}: parallel and step-by-step logits differ by {shown(gap)}"
         if subject.tolerance is not None:
             whole = subject.model(subject.without_stop)(ids).logits
             gap = float((subject.model()(ids).logits - whole).norm() / whole.norm())
             if gap > NEAR * subject.tolerance:
                 stopped = f"stopping at tolerance = {subject.tolerance:g} changes the logits"
-                return f"B={rows}, L={length}: {stopped} by {gap:.1e}, relatively"
+                return f"B={rows}, L={length}: {stopped} by {shown(gap)}, relatively"
     return None
 
 
@@ -113,7 +114,7 @@ def cached_decoding(subject: Subject) -> str | None:
             columns = [logits] + [model.step(ids[:, at : at + 1], cache) for at in range(prompt, length)]
             gap = difference(torch.stack(columns, dim=1), whole[:, prompt - 1 :])
             if gap > EXACT:
-                return f"B={rows}, prompt of {prompt}, {length - prompt} more: logits differ by {gap:.1e}"
+                return f"B={rows}, prompt of {prompt}, {length - prompt} more: logits differ by {shown(gap)}"
     return None
 
 
@@ -137,13 +138,13 @@ def batch_and_padding(subject: Subject) -> str | None:
                     own = model(alone).logits if way == "forward" else stepwise(model, alone)
                     gap = difference(together[row, real], own[0])
                     if gap > EXACT:
-                        return f"{where}: {way} of row {row} differs from the row alone by {gap:.1e}"
+                        return f"{where}: {way} of row {row} differs from the row alone by {shown(gap)}"
             each_row = torch.eye(len(lengths), dtype=torch.bool)[:, :, None] & mask.bool()
             changes = _from_others(subject, trained, ids, each_row, attention_mask=mask)
             for row, (gap, what) in enumerate(changes):
                 if gap > EXACT:
                     others = "changing padding and other rows changes"
-                    return f"{where}, in a training step: {others} {what} of row {row} by {gap:.1e}"
+                    return f"{where}, in a training step: {others} {what} of row {row} by {shown(gap)}"
     return None
 
 
@@ -161,12 +162,14 @@ def documents(subject: Subject) -> str | None:
         for number, inside in enumerate(each_document):
             gap = difference(packed[:, inside[0]], model(ids[:, inside[0]]).logits)
             if gap > EXACT:
-                return f"documents {numbers}: logits of document {number} differ from it alone by {gap:.1e}"
+                return (
+                    f"documents {numbers}: logits of document {number} differ from it alone by {shown(gap)}"
+                )
         changes = _from_others(subject, trained, ids, each_document, documents=document)
         for number, (gap, what) in enumerate(changes):
             if gap > EXACT:
                 others = f"changing others changes {what} of document {number}"
-                return f"documents {numbers}, in a training step: {others} by {gap:.1e}"
+                return f"documents {numbers}, in a training step: {others} by {shown(gap)}"
     return None
 
 
@@ -218,7 +221,7 @@ def branches(subject: Subject) -> str | None:
             text = (branch == 0) | (branch == number)
             gap = difference(together[:, text], model.hidden_states(ids[:, text]))
             if gap > EXACT:
-                return f"branches {numbers}: hidden states of continuation {number} differ by {gap:.1e}"
+                return f"branches {numbers}: hidden states of continuation {number} differ by {shown(gap)}"
     return None
 
 
@@ -254,7 +257,7 @@ def determinism(subject: Subject) -> str | None:
         torch.manual_seed(2)
         for what, second in outcome(model, ids, draw).items():
             if (gap := difference(first[what], second)) > 0:
-                return f"B=2, L=4, {name}: two forwards differ by {gap:.1e} in {what}"
+                return f"B=2, L=4, {name}: two forwards differ by {shown(gap)} in {what}"
     return None
 
 
@@ -359,4 +362,4 @@ def save_and_load(subject: Subject) -> str | None:
     except RuntimeError as error:
         return f"weights do not load: {error}"
     gap = difference(model(ids).logits, other(ids).logits)
-    return f"B=2, L=4: logits differ by {gap:.1e} after the weights were loaded" if gap > 0 else None
+    return f"B=2, L=4: logits differ by {shown(gap)} after the weights were loaded" if gap > 0 else None

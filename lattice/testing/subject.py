@@ -48,6 +48,18 @@ BATCHES = ((1, 1), (1, 2), (1, 3), (2, 4), (2, CONTEXT))
 every token is in it: what a recurrence does may depend on which it is."""
 EXACT = 1e-8
 """Largest difference of logits, in float64, that is rounding."""
+SINGLE = 1e-5
+"""Up to which it may be what float32 rounds."""
+
+
+def shown(gap: float) -> str:
+    """A difference in a counterexample."""
+    if not EXACT < gap < SINGLE:
+        return f"{gap:.1e}"
+    return (
+        f"{gap:.1e} (as much as float32 rounds: the models of these checks are in float64; where a component "
+        "computes in float32, write tensor.to(torch.promote_types(tensor.dtype, torch.float32)))"
+    )
 
 
 def small(backbone: Mapping[str, Any]) -> dict[str, Any]:

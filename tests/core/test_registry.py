@@ -58,6 +58,13 @@ def test_every_missing_method_and_option_is_named_at_once():
         assert name in str(caught.value)
 
 
+def test_no_option_is_called_kind():
+    """A recipe could not tell it from the name of the component."""
+    body = schedule(factor=lambda self, step, steps: 1.0) | {"__annotations__": {"kind": str}, "kind": "q"}
+    with pytest.raises(TypeError, match="no option may be called 'kind', which names the component"):
+        registry.register("schedule", "x")(make(body=body))
+
+
 def test_other_argument_names_are_shown_beside_those_asked_for():
     body = schedule(factor=lambda self, at, steps: 1.0)
     with pytest.raises(TypeError, match=r"'factor' takes \(at, steps\), not \(step, steps\)"):

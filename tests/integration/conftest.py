@@ -38,8 +38,9 @@ def train(place, tmp_path):
     """Trains the tiny recipe with overrides, in `tmp_path/run` if not told otherwise."""
 
     def train_(*overrides, out=None):
-        return lattice.train(place / "tiny.toml", overrides=list(overrides), out=out or tmp_path / "run")
+        return lattice.train(train_.recipe, overrides=list(overrides), out=out or tmp_path / "run")
 
+    train_.recipe = place / "tiny.toml"
     return train_
 
 

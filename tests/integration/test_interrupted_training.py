@@ -10,11 +10,42 @@ import time
 import pytest
 import torch
 
+import lattice
 from lattice import run_folder
 from lattice.atomic import CannotWrite
 from lattice.interrupts import StopRequest
 from lattice.train import Loop
 from tests.integration.training_runs import checkpoints, rows, start, steps, stop_at
+
+LATE = ("recurrence={kind='test_late'}", "optimizer={kind='test_keeping', decay=0.001}")
+
+
+@pytest.mark.parametrize("stop", [3, 6, 7])
+def test_state_that_comes_late_goes_on_as_well(stop, train, whole, tmp_path):
+    """Of a parameter that no gradient had reached a checkpoint holds no state."""
+    expected = whole(*LATE)
+    train(*LATE, *stop_at(stop))
+    train(*LATE)
+    assert rows(tmp_path / "run") == expected
+
+
+def test_a_run_begins_with_the_weights_that_were_drawn(train, monkeypatch):
+    """Whatever a step of the optimizer would do without gradients."""
+    drawn = {name: one.clone() for name, one in lattice.build_model(train.recipe).state_dict().items()}
+    seen = []
+
+    class Looking(Exception):
+        pass
+
+    def look(loop):
+        seen.append({name: one.clone() for name, one in loop.graph.model.state_dict().items()})
+        raise Looking
+
+    monkeypatch.setattr(Loop, "run", look)
+    with pytest.raises(Looking):
+        train("optimizer={kind='test_keeping', decay=0.5}")
+    assert seen[0].keys() == drawn.keys()
+    assert all(torch.equal(seen[0][name], one) for name, one in drawn.items())
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,37 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step(train, 
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
+def test_weights_that_an_update_has_spoilt_are_not_saved(train, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"step 8: after its update \d+ parameters are not finite.*step-00000004$"
+    ):
+        train("optimizer={kind='test_keeping', spoils=8}")
+    assert checkpoints(tmp_path / "run") == ["step-00000004"]
+    train("optimizer={kind='test_keeping', spoils=8}", "run.steps=7")
+
+
+def test_an_optimizer_that_reads_values_trains(train, capsys):
+    assert train("optimizer={kind='test_adafactor'}", "run.steps=2")["steps"] == 2
+    assert "optimizer 'test_adafactor': what it computes depends on values" in capsys.readouterr().out
+
+
+def test_held_out_loss_is_cross_entropy_whatever_is_minimised(train, tmp_path):
+    """So that runs with other losses compare, evaluated in parallel or token by token."""
+    sequential = "evaluators.token_by_token={kind='perplexity', max_tokens=64, sequential=true}"
+    plain = train("recurrence={kind='none'}", "run.steps=1", sequential, out=tmp_path / "plain")
+    doubled = train(
+        "recurrence={kind='none'}",
+        "loss={kind='test_doubled'}",
+        "run.steps=1",
+        sequential,
+        out=tmp_path / "other",
+    )
+    assert doubled["last_loss"] == pytest.approx(2 * plain["last_loss"])
+    # One step of AdamW does not depend on the scale of the gradient.
+    assert doubled["validation_loss"] == pytest.approx(plain["validation_loss"], rel=1e-4)
+    assert doubled["validation_loss"] == pytest.approx(doubled["token_by_token_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from lattice.components.data.embedded import Embedded
+from lattice.components.loss.cross_entropy import CrossEntropy
 from lattice.components.recurrence.none import NoRecurrence, OnePass
 from lattice.protocols import Evaluator, Metrics, MetricWriter, Optimizer, Unrolled
 from lattice.registry import register
@@ -174,6 +176,81 @@ class Drawing(Evaluator):
     def evaluate(self, subject):
         torch.rand(3), random.random()
         return {"figure": GIVEN[self.gives]}
+
+
+@register("optimizer", "test_keeping")
+@dataclass(frozen=True, kw_only=True)
+class Keeping(Optimizer):
+    """Draws each weight towards a slow copy of itself, which starts as the weight when the first gradient
+    comes, and makes it smaller whatever the learning rate; its state differs between matrices and others."""
+
+    lr: float = 1e-2
+    grad_clip: float = 1.0
+    decay: float = 0.0
+    spoils: int = 0
+
+    def build(self, model):
+        return SlowCopies(model.parameters(), {"lr": self.lr, "decay": self.decay, "spoils": self.spoils})
+
+
+class SlowCopies(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        for one in (one for one in group["params"] if one.grad is not None):
+            name, state = "matrix" if one.dim() > 1 else "other", self.state[one]
+            state["count"] = state.get("count", torch.zeros(())) + 1
+            slow = state.setdefault(name, one.detach().clone())
+            one -= group["lr"] * one.grad + 0.1 * (one - slow)
+            one *= 1 - group["decay"]
+            if int(state["count"]) == group["spoils"]:
+                one *= float("nan")
+
+
+@register("optimizer", "test_adafactor")
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """Its step reads values."""
+
+    lr: float = 1e-2
+    grad_clip: float = 1.0
+
+    def build(self, model):
+        return torch.optim.Adafactor(model.parameters(), lr=self.lr)
+
+
+@register("loss", "test_doubled")
+@dataclass(frozen=True, kw_only=True)
+class Doubled(CrossEntropy):
+    """No cross entropy, though made of it."""
+
+    def total(self, hidden_ND, head, targets_N, weights_N=None):
+        total, count = super().total(hidden_ND, head, targets_N, weights_N)
+        return 2 * total, count
+
+
+@register("recurrence", "test_late")
+@dataclass(frozen=True, kw_only=True)
+class Late(NoRecurrence):
+    """Has a matrix and a number of its own that come in at a later step; reads a value as it is built."""
+
+    first: int = 6
+
+    def build(self, shape):
+        return LatePass(self, shape)
+
+
+class LatePass(PassWithOptions, nn.Module):
+    def __init__(self, options, shape):
+        nn.Module.__init__(self)
+        self.options = options
+        self.matrix = nn.Parameter(torch.eye(shape.hidden_size))
+        self.number = nn.Parameter(torch.linspace(0, 1, 3)[-1:].tolist()[0] * torch.ones(()))
+
+    def forward(self, stack, ids_BL, *, draw=None, cache=None):
+        hidden = OnePass.__call__(self, stack, ids_BL, draw=draw, cache=cache).hidden_BLD
+        on = draw is None or draw.step >= self.options.first
+        return Unrolled(hidden @ self.matrix * self.number if on else hidden)
 
 
 @register("optimizer", "test_descent")

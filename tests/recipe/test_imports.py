@@ -5,10 +5,16 @@ from pathlib import Path
 import pytest
 
 import lattice
+from lattice.build import build_model
 from lattice.codec import open_codec
 from lattice.recipe import RecipeError, load_recipe
 from tests.recipe.texts import BACKBONE
 
+MLP = """
+@dataclass(frozen=True, kw_only=True)
+class MLP:
+    factor: float = 4.0
+"""
 USER_RECURRENCE = """
 from dataclasses import dataclass
 from lattice.components.recurrence.none import OnePass
@@ -64,6 +70,25 @@ def test_imports_bring_a_component_relative_to_the_recipe(write, monkeypatch):
     assert again.imports == recipe.imports
     with pytest.raises(RecipeError, match=r"r\.toml:9: recurrence\.gain = -1\.0: must be greater than 0"):
         load_recipe(write("lab/r.toml", path.read_text().replace("2.0", "-1.0")))
+
+
+def test_an_option_that_the_shape_does_not_allow_is_named_where_it_is_written(write, problems):
+    """One of a table as well: the table is what a recipe or --set has written."""
+    user = USER_RECURRENCE.replace("KIND", "with_a_table").replace(
+        "    gain: float = 1.0\n", "    gain: float = 1.0\n    mlp: MLP = MLP()\n"
+    )
+    user = user.replace("@register", MLP + "\n\n@register").replace(
+        "        return OnePass()",
+        '        raise ValueError(f"mlp.factor = {self.mlp.factor}: too small for {shape.hidden_size}")',
+    )
+    write("table.py", user)
+    path = write("r.toml", 'imports = ["table.py"]\n' + BACKBONE + '[recurrence]\nkind = "with_a_table"\n')
+    for recipe, place in (
+        (load_recipe(path, ["recurrence.mlp.factor=0.5"]), "--set"),
+        (load_recipe(write("s.toml", path.read_text() + "mlp = { factor = 0.5 }\n")), r"s\.toml:9"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^{place}.*: recurrence\.mlp\.factor = 0\.5: too small"):
+            build_model(recipe)
 
 
 def test_a_file_that_does_not_import_is_named_with_its_line_and_reason(write, problems):
