@@ -67,7 +67,8 @@ def _in_turn(recipes: dict[str, Recipe], thoughts: Sequence[int] | None) -> list
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Two tables of a terminal: how fast and how large, and where the time goes."""
+    """Tables of a terminal, narrow enough for names of recipes beside the figures: how fast and how large,
+    where the time goes, and the operations."""
     first = rows[0]
     several = len({row["recipe"] for row in rows}) > 1
     measured = [row for row in rows if "error" not in row]
@@ -80,20 +81,19 @@ def show(rows: Sequence[Row]) -> None:
     def named(row: Row) -> list[str]:
         return [*([row["recipe"]] if several else []), str(row["thoughts"])]
 
-    names = [*(["recipe"] if several else []), "thoughts"]
-    memory = (
-        ["peak MiB", "process MiB"] if any("peak_process_mib" in row for row in measured) else ["peak MiB"]
-    )
+    names = [*(["recipe"] if several else []), "K"]
+    memory = ["memory", "process"] if any("peak_process_mib" in row for row in measured) else ["memory"]
     table(
-        "throughput and memory",
-        [*names, "tokens/s", "passes/s", *memory],
+        "throughput, and memory at its peak, MiB, by thoughts K",
+        [*names, "tokens/s", *memory],
         [named(row) + _rates(row) for row in rows],
     )
     parts = list(measured[0]["seconds"]) if measured else []
-    columns = [*names, *[f"{part} ms" for part in parts], "MFLOP/tok", "GFLOP/s"]
+    table("time, ms", [*names, *parts], [named(row) + _times(row, parts) for row in measured])
+    columns = [*names, "passes/s", "MFLOP/tok", "GFLOP/s"]
     if any(row["mfu"] is not None for row in measured):
         columns.append("MFU")
-    table("time and operations", columns, [named(row) + _work(row, parts) for row in measured])
+    table("operations", columns, [named(row) + _operations(row) for row in measured])
 
 
 def _rates(row: Row) -> list[str]:
@@ -103,12 +103,16 @@ def _rates(row: Row) -> list[str]:
     digits = 0 if rate["median"] >= 100 else 1
     low, median, high = (f"{rate[name]:,.{digits}f}" for name in ("low", "median", "high"))
     memory = [f"{row[name]:,.0f}" for name in ("peak_memory_mib", "peak_process_mib") if name in row]
-    return [f"{median} ({low} to {high})", f"{row['token_passes_per_second']:,.0f}", *memory]
+    return [f"{median} ({low} to {high})", *memory]
 
 
-def _work(row: Row, parts: list[str]) -> list[str]:
+def _times(row: Row, parts: list[str]) -> list[str]:
+    return [f"{1000 * row['seconds'][part]:,.1f}" for part in parts]
+
+
+def _operations(row: Row) -> list[str]:
     return [
-        *[f"{1000 * row['seconds'][part]:,.1f}" for part in parts],
+        f"{row['token_passes_per_second']:,.0f}",
         f"{row['operations_per_token'] / 1e6:,.1f}",
         f"{row['operations_per_second'] / 1e9:,.1f}",
         *([] if row["mfu"] is None else [f"{row['mfu']:.1%}"]),

@@ -245,7 +245,7 @@ def plan(
     recipe
         A TOML file.
     thoughts
-        Numbers of thoughts; those of 0 1 2 3 that the recurrence can have if not given.
+        Numbers of thoughts; if not given the recipe's own, and those of 0 1 2 3 that the recurrence can have.
     gpu
         a100-40gb, a100-80gb, h100-80gb or h200-141gb.
     gpus
@@ -400,10 +400,11 @@ def eval_(
     held_out
         Run the recipe's evaluators, and one document by document; as a rule only without --tasks.
     overlap
-        Tokens of context that each window of a long document takes from the one before it; 0, or what the
-        recipe's evaluator `documents` has, if not given.
+        Tokens of context that each window of a long document takes from the one before it; 0, or what an
+        evaluator of the recipe has, if not given.
     batch
-        Windows of documents, inputs of tasks, or texts to decode that are computed at once; 16 if not given.
+        Windows of documents, inputs of tasks, or texts to decode that are computed at once; 16, or what an
+        evaluator of the recipe has, if not given.
     samples
         A folder for every question with its answers.
     set_
@@ -534,7 +535,7 @@ def generate(
     texts = prompt if prompt is not None else read_prompts(prompts or Path())
     checkpoint = checkpoint_of(run, trust_imports=trust_imports)
     settings = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint.resolve()),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from lattice.run_folder import (
     SUMMARY,
     differing,
     finished,
+    is_run,
     leaves,
     read_metrics,
     trained_as,
@@ -49,7 +51,21 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.folder / METRICS)
+        """Raises ValueError where those of the steps are gone."""
+        path = self.folder / METRICS
+        rows = read_metrics(path)
+        if not any("loss" in row for row in rows):
+            raise ValueError(
+                f"{path} holds no step of a run that has taken {self.summary['steps']}: restore it, or leave "
+                "the run out"
+            )
+        return rows
+
+    @property
+    def earlier_ends(self) -> list[list[int]]:
+        """After which steps it was given another number of steps, and how many it had until then."""
+        ends: list[list[int]] = self.summary.get("provenance", {}).get("earlier_ends", [])
+        return ends
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Tokens trained on and the values of a metric there."""
@@ -191,7 +207,7 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
     """The runs at and beneath `paths`. Raises FileNotFoundError for a path without any."""
     folders: list[Path] = []
     for path in paths:
-        beneath = [path] if (path / RECIPE).is_file() else sorted(at.parent for at in path.rglob(RECIPE))
+        beneath = [path] if is_run(path) else sorted(filter(is_run, (at.parent for at in path.rglob(RECIPE))))
         if not beneath:
             raise FileNotFoundError(
                 f"'{path}' is no run and holds none: give directories that `lattice run` or `lattice sweep` "
@@ -207,19 +223,16 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
 def groups_of(runs: Sequence[Run]) -> list[Group]:
     """Runs by what they were trained as, in the order in which they were given. Where a seed would be there
     twice, as in arms of a study that come to the same recipe, each arm's directory is a group."""
-    members: dict[str, list[Run]] = {}
-    for run in runs:
-        members.setdefault(json.dumps(trained_as(run.recipe), sort_keys=True), []).append(run)
-    for recipe, of in list(members.items()):
-        seeds = [run.recipe.run.seed for run in of]
-        if len(set(seeds)) < len(seeds):
-            del members[recipe]
-            for run in of:
-                members.setdefault(f"{recipe} {_arm(run.folder)}", []).append(run)
-    names = [_name(of[0].folder) for of in members.values()]
+    trained = [json.dumps([trained_as(run.recipe), run.earlier_ends], sort_keys=True) for run in runs]
+    counts = Counter((of, run.recipe.run.seed) for of, run in zip(trained, runs, strict=True))
+    apart = {of for (of, _), count in counts.items() if count > 1}
+    members: dict[tuple[str, Path | None], list[Run]] = {}
+    for of, run in zip(trained, runs, strict=True):
+        members.setdefault((of, _arm(run.folder) if of in apart else None), []).append(run)
+    names = [_name(first.folder) for first, *_ in members.values()]
     return [
-        Group(name if names.count(name) == 1 else str(of[0].folder), tuple(of))
-        for name, of in zip(names, members.values(), strict=True)
+        Group(name if names.count(name) == 1 else str(group[0].folder), tuple(group))
+        for name, group in zip(names, members.values(), strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lattice import __version__, atomic, pictures
 from lattice.compare import LOSS, Group, Run, Spread, base_of, check_comparable, evaluators_of, groups_of
-from lattice.console import say, table
+from lattice.console import say, table, warn
 from lattice.recipe import Recipe
 from lattice.run_folder import leaves
 
@@ -46,6 +46,12 @@ def report(
     base = groups[0] if first_is_base else base_of(groups)
     for shown, (columns, *rows) in _tables(groups, base, evaluators).items():
         table(f"{title}: {shown}", columns, rows)
+    for group in groups:
+        for step, steps in group.runs[0].earlier_ends:
+            warn(
+                f"arm '{group.name}': had {steps} steps until step {step}: its learning rate has followed "
+                "several schedules"
+            )
     figures = [group.row(evaluators, base) for group in groups]
     if out is not None:
         _write(out, title, groups, base, evaluators, figures, notes or {})

@@ -15,7 +15,7 @@ from lattice.atomic import CannotWrite, append_line, check_writable, make_folder
 from lattice.console import errors, say, table, warn
 from lattice.figures import figures as figures_of
 from lattice.load import locate, recipe_of, saved, subject_of
-from lattice.protocols import EvaluationSubject, Evaluator, Metrics
+from lattice.protocols import Backbone, EvaluationSubject, Evaluator, Metrics, kind_of
 from lattice.recipe import Recipe
 from lattice.run_folder import read_table
 from lattice.thought_counts import counted
@@ -23,7 +23,12 @@ from lattice.thought_counts import counted
 RESULTS = "evaluation.jsonl"
 STDERR = "_stderr"
 DOCUMENTS = "documents"
-"""The evaluator that is added to the recipe's."""
+"""The evaluator that is added to the recipe's, and its kind."""
+OPTIONS = {
+    DOCUMENTS: {"limit": "max_documents", "overlap": "overlap", "batch": "batch"},
+    "lm_eval": {"limit": "limit", "batch": "batch"},
+}
+"""By kind of evaluator: what its options call that which is wanted."""
 LONGEST = 200
 """Bytes of a folder's name: file systems take 255."""
 NEVER = 2**62
@@ -44,9 +49,10 @@ class Wanted:
     limit: int | None = None
     """Questions of a task, documents of the held-out text."""
     overlap: int | None = None
-    """Of the evaluator `documents`; as the recipe says, or 0, if not given."""
+    """Of evaluators of documents; as the recipe says, or 0, if not given."""
     batch: int | None = None
-    """Questions, or windows of documents, at once; as the recipe says for documents, or 16, if not given."""
+    """Questions, or windows of documents, at once; as the recipe says for its evaluators, or 16, if not
+    given."""
     samples: Path | None = None
     """Folder for every question with its requests and answers."""
 
@@ -68,14 +74,17 @@ class Wanted:
             )
 
     @property
-    def overrides(self) -> list[str]:
+    def documents(self) -> list[str]:
         """What the recipe needs to have the evaluator of documents."""
-        if not self.held_out:
-            return []
-        given = {"overlap": self.overlap, "batch": self.batch, "max_documents": self.limit}
-        settings = {"kind": '"documents"', **given}
+        return [f'evaluators.{DOCUMENTS}.kind="{DOCUMENTS}"'] if self.held_out else []
+
+    def settings_of(self, evaluators: Mapping[str, Evaluator]) -> list[str]:
+        """What a recipe with these evaluators needs to have each heed what is wanted."""
         return [
-            f"evaluators.{DOCUMENTS}.{name}={value}" for name, value in settings.items() if value is not None
+            f"evaluators.{json.dumps(name)}.{option}={value}"
+            for name, one in evaluators.items()
+            for setting, option in OPTIONS.get(kind_of(one), {}).items()
+            if (value := getattr(self, setting)) is not None
         ]
 
     @property
@@ -112,11 +121,18 @@ def evaluate(
     asked = {"set": list(overrides), **wanted.settings}
     results: list[dict[str, Any]] = []
     path = out or folder / RESULTS
-    changes = [*wanted.overrides, *overrides]
+    recipe = recipe_of(run, overrides=[*wanted.documents, *overrides], trust_imports=trust_imports)
+    changes = [*wanted.documents, *wanted.settings_of(recipe.named("evaluator")), *overrides]
     recipe = recipe_of(run, overrides=changes, trust_imports=trust_imports)
     recipes = [counted(recipe, *setting) for setting in settings]  # all of them before the first is loaded
     if wanted.tasks:
-        harness.check_tasks(wanted.tasks, include=wanted.include)
+        backbone: Backbone = recipe.component("backbone")
+        harness.check_tasks(
+            wanted.tasks,
+            context=backbone.shape.context,
+            include=wanted.include,
+            few_shot=wanted.few_shot or (None,),
+        )
     check_writable(path)
     if wanted.samples is not None:
         make_folder(wanted.samples)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
 BATCH = 16
 """Inputs that are computed at once if nobody says otherwise."""
+REFUSED = {
+    "UNSAFE_CODE": "runs code that the model writes, which is not done here",
+    "MULTIMODAL": "asks about pictures or sounds, and the model reads text alone",
+}
+"""Tasks that lm-eval does not run on such a model, by how it marks them."""
+FEW_SHOT_SEED = 1234
+"""lm-eval's, of the solved examples it takes."""
 RESAMPLED = 1000
 """Bootstrap samples for the standard error of a metric that is no mean."""
 
@@ -96,22 +104,80 @@ def run_tasks(
     return Results(**shared, samples=found.get("samples", {}) if found and samples else {})
 
 
-def check_tasks(tasks: str | Sequence[str], *, include: str | Path | None = None) -> None:
-    """Raises the errors of `run_tasks` for tasks that do not exist, whose data cannot be had, or whose texts
-    are to be generated in a way that is not known; the data is on this machine afterwards."""
+def check_tasks(
+    tasks: str | Sequence[str],
+    *,
+    context: int,
+    include: str | Path | None = None,
+    few_shot: Sequence[int | None] = (None,),
+) -> None:
+    """Raises the errors of `run_tasks` for tasks that do not exist, whose data cannot be had, or whose first
+    question cannot be asked with each of these numbers of solved examples, or answered by a model of this
+    context; the data is on this machine afterwards."""
     names, local, manager = _named(tasks, include)
+    with _data_of(names, local), _seeded(), _quiet():
+        for name, task in _loaded(names, manager).items():
+            own = task.get_config("num_fewshot")
+            for shots in few_shot:
+                # As lm-eval, where a task's own 0 stays.
+                task.set_config(key="num_fewshot", value=own if shots is None or own == 0 else shots)
+                with _naming_task(name):
+                    _check_first_question(task, context)
+            task.set_config(key="num_fewshot", value=own)  # a class may share its settings among its tasks
+
+
+def _loaded(names: Sequence[str], manager: TaskManager) -> dict[str, Any]:
+    """Single tasks by name, those of groups among them. Raises ValueError for one in two of `names`, as
+    lm-eval does."""
     from lm_eval.tasks import get_task_dict
 
-    from lattice.lm_eval_model import Generation
+    found: dict[str, Any] = {}
+    asked_by: dict[str, str] = {}
+    for name in names:
+        with _naming_task(name):
+            tasks = dict(_single(get_task_dict([name], manager)))
+        for one in tasks:
+            by = name if name in manager.all_groups else one  # a tag is its tasks, each asked for once
+            if asked_by.setdefault(one, by) != by:
+                raise ValueError(f"task '{one}': is asked for twice, by '{asked_by[one]}' and by '{by}'")
+        found |= tasks
+    return found
 
-    with _data_of(names, local), _seeded(), _quiet():
-        found = get_task_dict(names, manager)
-    for name, task in _single(found):
-        if task.get_config("output_type") == "generate_until":
-            try:
-                Generation(task.get_config("generation_kwargs"))
-            except ValueError as error:
-                raise ValueError(f"task '{name}': {error}") from error
+
+def _check_first_question(task: Any, context: int) -> None:
+    from lattice.lm_eval_model import check_request
+
+    for flag, what in REFUSED.items():
+        if getattr(task, flag, False):
+            raise ValueError(what)
+    task.set_fewshot_seed(FEW_SHOT_SEED)
+    shots = task.get_config("num_fewshot")
+    try:
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+    except (ValueError, AssertionError) as error:  # as where there are fewer documents than examples
+        if not shots:
+            raise
+        documents = len(list(task.fewshot_docs()))
+        raise ValueError(f"with {shots} solved examples from {documents} documents: {error}") from error
+    for request in task.instances:
+        check_request(request, context)
+
+
+@contextmanager
+def _naming_task(name: str) -> Iterator[None]:
+    """Whatever a task's file, templates, functions or data raise becomes a ValueError that names the task,
+    but for what `_data_of` says."""
+    try:
+        yield
+    except Exception as error:
+        if _unreachable(error):
+            raise
+        said = str(error)
+        if not isinstance(error, ValueError):  # of others the text alone says little
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            line = f": {place.line}" if place.line else ""
+            said = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno}{line})"
+        raise ValueError(f"task '{name}': {said}") from error
 
 
 def _single(found: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -124,15 +190,15 @@ def _single(found: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _named(tasks: str | Sequence[str], include: str | Path | None) -> tuple[list[str], set[str], TaskManager]:
-    """Names of tasks, those among them that `include` holds, and where lm-eval finds them."""
+    """Names of tasks, all those that `include` holds, and where lm-eval finds them."""
     names = expand(tasks)
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"'{include}' is no folder of task files: `lattice prepare-eval` makes one")
-    local = {path.stem for path in Path(include).glob("*.yaml")} if include is not None else set()
     try:
         folder = None if include is None else str(include)
         manager = _task_manager(folder, False)
-        if not set(names) <= local - set(manager.all_groups):  # a group may name tasks of lm-eval's own
+        local = set(manager.all_tasks) - set(manager.all_groups)  # a group may name tasks of lm-eval's own
+        if not set(names) <= local:
             manager = _task_manager(folder, True)
     except ImportError as error:
         raise ImportError(f"tasks need lm-eval: pip install 'lattice[eval]' ({error})") from error
@@ -167,21 +233,24 @@ def _seeded() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within, lm-eval does not say what was asked for, nor ask git for the commit of the working directory,
-    which complains where there is none; `datasets` draws no bars where stderr is no terminal."""
+    which complains where there is none; building questions and `datasets` draw no bars where stderr is no
+    terminal."""
     import datasets
     from lm_eval import evaluator
+    from lm_eval.api import task
 
-    git, bars = evaluator.get_git_commit_hash, datasets.are_progress_bars_disabled()
+    git, bars, bar = evaluator.get_git_commit_hash, datasets.are_progress_bars_disabled(), task.tqdm
     loggers = [logging.getLogger(name) for name in ("lm_eval.evaluator", "lm_eval.tasks._index")]
     for logger in loggers:
         logger.addFilter(_news)
     evaluator.get_git_commit_hash = lambda: None
+    task.tqdm = functools.partial(bar, disable=None, leave=False)
     if not errors.is_terminal:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = git
+        evaluator.get_git_commit_hash, task.tqdm = git, bar
         if not bars:
             datasets.enable_progress_bars()
         for logger in loggers:

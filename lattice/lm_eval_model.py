@@ -209,13 +209,18 @@ class LatticeLM(TemplateLM):
             alike.setdefault(repr(request.args[1]), []).append(index)
         for indices in alike.values():
             options = Generation(requests[indices[0]].args[1])
-            room = self.max_length - options.new_tokens
-            if room < 1:
-                raise ValueError(
-                    f"max_gen_toks = {options.new_tokens}: must be less than the context of {self.max_length}"
+            room = options.room(self.max_length)
+            whole = {
+                index: self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices
+            }
+            if too_long := [len(ids) for ids in whole.values() if len(ids) > room]:
+                log.warning(
+                    f"{len(too_long)} of {len(whole)} requests lose their beginning: the longest has "
+                    f"{max(too_long)} tokens, and the model's context of {self.max_length} leaves {room} "
+                    f"beside {options.new_tokens} new ones"
                 )
             own = indices[world.data_rank :: world.data_size]
-            prompts = {index: self._prompt(requests[index].args[0], room) for index in own}
+            prompts = {index: whole[index][-room:] for index in own}
             done = self._complete(prompts, options)
             shown = track(
                 done, "decoding", total=len(prompts), console=errors, disable=hidden, transient=True
@@ -224,10 +229,6 @@ class LatticeLM(TemplateLM):
                 mine[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return self._of_all(texts, mine)
-
-    def _prompt(self, text: str, room: int) -> list[int]:
-        """Its last tokens where it is too long."""
-        return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
 
     def _complete(self, prompts: dict[int, list[int]], options: Generation) -> Iterator[tuple[int, str]]:
         with self.subject.autocast():
@@ -268,6 +269,22 @@ class Generation:
             top_p=given.get("top_p") if sampled else None,
             seed=0,
         )
+
+    def room(self, context: int) -> int:
+        """Tokens that a prompt may have."""
+        if self.new_tokens >= context:
+            raise ValueError(f"max_gen_toks = {self.new_tokens}: must be less than the context of {context}")
+        return context - self.new_tokens
+
+
+def check_request(request: Instance, context: int) -> None:
+    """Raises ValueError for what a model of this context cannot answer."""
+    if request.request_type == "generate_until":
+        Generation(request.args[1]).room(context)
+    elif request.request_type == "loglikelihood":
+        before, scored = request.args[:2]
+        if not scored and before == before.rstrip():  # lm-eval scores whitespace that a context ends with
+            raise ValueError(f"the continuation of {before!r} is empty: there is nothing to score")
 
 
 def main() -> None:

@@ -79,34 +79,35 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
             for count, one in first.items()
         ],
     )
+    # Short, so that all of it stands on a terminal of 80 columns.
     parts = {
-        "weights": "parameters",
+        "params": "parameters",
         "grads": "gradients",
-        "optim.": "optimizer",
-        "activ.": "activations",
+        "optim": "optimizer",
+        "acts": "activations",
         "logits": "logits",
     }
     table(
-        "memory of a rank at its peak, GiB, with so many sequences at once",
-        ["K", "checkpointing", "seqs", *parts, "total", "fits"],
+        "memory of a rank at its peak, GiB, with B sequences at once",
+        ["K", "recompute", "B", *parts, "total", "fits"],
         [
             [
                 str(one.thoughts),
                 one.checkpointing,
                 str(one.micro_batch),
-                *[f"{getattr(one.memory, part) / 2**30:,.1f}" for part in parts.values()],
-                f"{one.memory.total / 2**30:,.1f}",
-                ("yes" if one.gathered else "by pass") if one.fits else "no",
+                *[_gib(getattr(one.memory, part)) for part in parts.values()],
+                _gib(one.memory.total),
+                ("yes" if one.gathered else "pass") if one.fits else "no",
             ]
             for one in settings
         ],
     )
     if any(one.fits and not one.gathered for one in settings):
-        say("by pass: if weights are gathered for each pass and not for the whole step (reshard)")
+        say("fits, pass: if weights are gathered for each pass and not for the whole step (reshard)")
     best = [cheapest([one for one in settings if one.thoughts == count]) for count in first]
     table(
         "the cheapest setting that fits",
-        ["K", "checkpointing", "seqs", "tokens/s", "days", "GPU-hours"],
+        ["K", "recompute", "B", "tokens/s", "days", "GPU-hours"],
         [
             [str(count), "none fits", "", "", "", ""]
             if one is None
@@ -126,6 +127,11 @@ def _show(recipe: Recipe, settings: Sequence[Setting], target: Target, gpu: str)
         _show_communication(recipe, shown, target)
     if None in best:
         say("where none fits, a single sequence at once does not: take more or larger GPUs")
+
+
+def _gib(size: int) -> str:
+    gib = size / 2**30
+    return f"{gib:,.{1 if gib < 100 else 0}f}"
 
 
 def _inline(component: object) -> str:

@@ -49,7 +49,7 @@ def unfinished(
         differ = [
             f"{name} {before.get(name)!r} there, {value!r} here"
             for name, value in (settings or {}).items()
-            if before.get(name) != value
+            if not _same(before.get(name), value)
         ]
         if differ:
             raise ValueError(
@@ -64,3 +64,10 @@ def unfinished(
     if whole != data:
         out.write_bytes(whole)
     return [(number, prompt) for number, prompt in numbered if number not in done]
+
+
+def _same(before: Any, value: Any) -> bool:
+    """Whether a setting is as it was, a path written otherwise included."""
+    if isinstance(before, str) and isinstance(value, str) and Path(value).is_absolute():
+        return Path(before).resolve() == Path(value)
+    return bool(before == value)

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import torch
 
 import lattice
-from lattice import atomic, toml_source, user_code
+from lattice import atomic, rank_log, toml_source, user_code
 from lattice.recipe import Recipe, RecipeError
 
 RECIPE = "recipe.toml"
@@ -115,6 +115,13 @@ def check_same(folder: Path, recipe: Recipe) -> None:
             f"'{folder}' holds a run of another recipe; what differs: {'; '.join(different)}. "
             "Choose another directory with --out, or remove this one"
         )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the directory holds a recipe and a trace of its training: a recipe.toml alone may be one that
+    somebody wrote."""
+    traces = (rank_log.FOLDER, CHECKPOINTS, METRICS, SUMMARY)
+    return (folder / RECIPE).is_file() and any((folder / name).exists() for name in traces)
 
 
 def read_table(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lattice import atomic, preflight
 from lattice.compare import comparable, unlike
-from lattice.console import console, errors, say
+from lattice.console import console, errors, say, warn
 from lattice.hardware import visible_gpus
 from lattice.interrupts import StopRequest
 from lattice.load import recipe_of
@@ -88,6 +89,27 @@ class Running(NamedTuple):
     process: subprocess.Popen[bytes]
     gpu: str | None
     """As CUDA_VISIBLE_DEVICES names it; None where the run sees all of them, or there is none."""
+    logged: int
+    """Bytes of its log that are of earlier calls."""
+
+
+class Failure(NamedTuple):
+    """A run whose process ended before the run was finished."""
+
+    log: Path
+    logged: int
+    """Bytes of the log that are of earlier calls."""
+    code: int
+    """That the process ended with; of a signal that killed it the negative number, as subprocess has it."""
+
+    def __str__(self) -> str:
+        if self.code < 0:
+            name = next((one.name for one in signal.Signals if one == -self.code), f"signal {-self.code}")
+            lack = ", perhaps for lack of memory" if -self.code == signal.SIGKILL else ""
+            return f"killed by {name}{lack} (all of it in {self.log})"
+        lines = self.log.read_bytes()[self.logged :].decode(errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "it printed nothing"
+        return f"{last} (exit code {self.code}; all of it in {self.log})"
 
 
 @dataclass(frozen=True)
@@ -95,9 +117,9 @@ class Outcome:
     """What became of the jobs."""
 
     folders: list[Path] = field(default_factory=list)
-    """Of the runs that are complete, those of earlier calls among them."""
-    failed: dict[str, Path] = field(default_factory=dict)
-    """Logs of those that failed, by name."""
+    """Of the runs that are complete, those of earlier calls among them, in the order of the arms."""
+    failed: dict[str, Failure] = field(default_factory=dict)
+    """Those that failed, by name."""
     stopped: str | None = None
     """The signal that stopped the sweep."""
 
@@ -147,26 +169,28 @@ def sweep(study: Study, out: Path, *, at_once: int = 1) -> Outcome:
             if stop.received:
                 break
             time.sleep(POLL_SECONDS)
-            for job, (process, _) in list(running.items()):
+            for job, (process, _, logged) in list(running.items()):
                 bars.update(job)
-                if process.poll() is not None:
+                if (code := process.poll()) is not None:
                     del running[job]
                     bars.end(job, failed=not job.finished)
                     if not job.finished:
-                        outcome.failed[job.name] = job.log
+                        outcome.failed[job.name] = Failure(job.log, logged, code)
     if left or running:
         say(f"{stop.received}: the runs stopped and saved; the same command goes on from there")
         return Outcome(outcome.folders, outcome.failed, stop.received)
-    outcome.folders.extend(job.folder for job in jobs if job.finished)
+    first, *_ = study.arms
+    done = [job for arm in study.arms for job in jobs if job.arm is arm and job.finished]
+    if done and done[0].arm is not first:
+        warn(f"arm '{first.name}' has no finished run: the others are compared with arm '{done[0].arm.name}'")
+    outcome.folders.extend(job.folder for job in done)
     return outcome
 
 
 def show_failures(outcome: Outcome) -> None:
-    """Each run that failed, with the last line of its log, on stderr."""
-    for name, log in outcome.failed.items():
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "it printed nothing"
-        errors.print(f"{name} failed: {last} (all of it in {log})", markup=False, soft_wrap=True)
+    """Each run that failed, and why, on stderr."""
+    for name, failure in outcome.failed.items():
+        errors.print(f"{name} failed: {failure}", markup=False, soft_wrap=True)
 
 
 def _check(jobs: Sequence[Job]) -> None:
@@ -212,15 +236,15 @@ def _processes() -> Iterator[dict[Job, Running]]:
     try:
         yield running
     finally:
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.terminate()
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.wait()
 
 
 def _free(gpus: Sequence[str], running: Mapping[Job, Running]) -> str | None:
     """The GPU that the fewest runs have."""
-    taken = Counter(gpu for _, gpu in running.values())
+    taken = Counter(one.gpu for one in running.values())
     return min(gpus, key=taken.__getitem__, default=None)
 
 
@@ -235,11 +259,12 @@ def _start(job: Job, at_once: int, gpu: str | None) -> Running:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
+        logged = log.tell()
         # A session of its own: what a terminal sends to all reaches a run once, from here.
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    return Running(process, gpu)
+    return Running(process, gpu, logged)
 
 
 class _Bars:

@@ -42,7 +42,8 @@ class LMEval(Evaluator):
         return self.few_shot if isinstance(self.few_shot, tuple) else (self.few_shot,)
 
     def check(self, subject: EvaluationSubject) -> None:
-        check_tasks(self.tasks, include=self.include)
+        context = subject.model.shape.context
+        check_tasks(self.tasks, context=context, include=self.include, few_shot=self._shots)
 
     def evaluate(self, subject: EvaluationSubject) -> dict[str, float | str]:
         """Keys are `task/metric`, or `task/5shot/metric` where there are several numbers of examples."""

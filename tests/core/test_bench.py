@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import lattice
 from lattice import bench as benching
 from lattice.bench import Case, Options, bench
-from lattice.bench_report import _picture, run_bench
+from lattice.bench_report import _picture, run_bench, show
 from lattice.cli import main
 from lattice.generate import stream
 from lattice.ledger import ledger
@@ -191,6 +191,20 @@ def test_no_marker_is_cut_by_the_frame(tmp_path, monkeypatch):
     for axes, highest in zip(figures[0].axes, (70.0, 90.2), strict=True):
         assert axes.get_ylim()[0] == 0
         assert axes.get_ylim()[1] > 1.04 * highest
+
+
+@pytest.mark.parametrize(
+    "parts", [["data", "forward", "backward", "optimizer"], ["data", "prefill", "forward"]]
+)
+def test_tables_on_80_columns_break_no_word(parts, broken_words):
+    row = {"mode": "train", "batch": 8, "length": 1024, "precision": "bf16", "hardware": "here"}
+    row |= {"versions": {"torch": "2.13.0"}, "repetitions": 7, "thoughts": 3}
+    row |= {"tokens_per_second": dict.fromkeys(("low", "median", "high"), 12345.0)}
+    row |= {"token_passes_per_second": 98765.0, "peak_memory_mib": 10245.0, "peak_process_mib": 13171.0}
+    row |= {"operations_per_token": 84_370e6, "operations_per_second": 5.3e14, "mfu": 0.536}
+    row |= {"seconds": dict.fromkeys(parts, 12.3456)}
+    show([{**row, "recipe": name} for name in ("pythia_70m_lt", "pythia_70m_hidden_ponder")])
+    assert not broken_words()
 
 
 def succeeds(arguments):

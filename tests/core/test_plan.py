@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import psutil
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lattice
-from lattice import preflight
+from lattice import plan_report, preflight
 from lattice.arrangement import RESERVE, arranged
 from lattice.cli import main
 from lattice.components.recurrence.latent_thoughts import Thinking
@@ -25,6 +25,7 @@ from lattice.memory import step_memory, traced_step
 from lattice.plan import CHECKPOINTING, Target, cheapest, plan
 from lattice.protocols import Recurrence, Unrolled
 from lattice.registry import register
+from lattice.thought_counts import own_thoughts
 from lattice.world import World
 
 BACKBONES = {
@@ -337,17 +338,34 @@ def test_command(tmp_path, capsys):
     assert rows[0]["costs"]["parameters"] == ledger(recipe_of()).parameters
 
 
+def test_tables_on_80_columns_break_no_word(broken_words):
+    target = Target(gpu=GPU(80 * 2**30, 1e15, "toy", 4e11, 5e10), gpus=2)
+    one = next(plan(recipe_of(), [1], target))
+    sizes = {"parameters": 64.5, "gradients": 64.5, "optimizer": 12.4, "logits": 0.1, "activations": 1234.5}
+    large = replace(one.memory, **{part: round(size * 2**30) for part, size in sizes.items()})
+    sent = replace(one.communication[0], shards=512, layer_gathers=640.0, gathered=1.4e12, reduced=3.2e11)
+    one = replace(one, memory=large, communication=[sent], micro_batch=16, gathered=False, fits=True)
+    settings = [replace(one, checkpointing=kind) for kind in CHECKPOINTING]
+    plan_report._show(recipe_of(), settings, target, "toy")
+    assert not broken_words()
+
+
 @pytest.mark.parametrize(
-    ("recurrence", "counts"), [("thoughts", [0, 1, 2, 3]), ("none", [0]), ("depth", [1, 2, 3])]
+    ("recurrence", "counts"), [("thoughts", [0, 1, 2, 3]), ("none", [0]), ("depth", [1, 2, 3, 4])]
 )
-def test_without_thoughts_those_that_the_recurrence_can_have_are_planned(recurrence, counts, tmp_path):
+def test_without_thoughts_the_recipes_own_and_those_that_it_can_have_are_planned(
+    recurrence, counts, tmp_path
+):
     path, out = tmp_path / "mine.toml", tmp_path / "plan.jsonl"
-    path.write_text(recipe_of(recurrence=recurrence).to_toml())
+    recipe = recipe_of(recurrence=recurrence)
+    path.write_text(recipe.to_toml())
     with pytest.raises(SystemExit) as caught:
         main(["plan", str(path), "--out", str(out)])
     assert caught.value.code == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["thoughts"] for row in rows] == [count for count in counts for _ in CHECKPOINTING]
+    own = {row["costs"]["training_operations"] for row in rows if row["thoughts"] == own_thoughts(recipe)}
+    assert own == {ledger(recipe).training_operations}, "as it is, with what its training draws"
 
 
 def test_a_recurrence_without_a_count_is_planned_as_it_is(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +307,29 @@ def test_command_of_many_prompts(trained, tmp_path, capsys):
     _, _, said = command(capsys, "generate", tmp_path / "another", *options, "--out", out)
     assert "was generated otherwise: checkpoint" in said
     assert sorted(out.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_a_file_goes_on_from_wherever_its_model_is_named(trained, tmp_path, monkeypatch, capsys):
+    out, prompts = tmp_path / "out.jsonl", ("--prompt", "a", "--prompt", "b")
+    (tmp_path / "link").symlink_to(trained)
+    options = (*prompts, "--max-new-tokens", 2, "--temperature", 0, "--out", out)
+    assert command(capsys, "generate", trained, *options)[0] == 0
+    first, _ = lines = out.read_text().splitlines(keepends=True)
+    monkeypatch.chdir(trained.parent)
+    for name in ("r", "../" + trained.parent.name + "/r", tmp_path / "link"):
+        out.write_text(first)
+        code, _, said = command(capsys, "generate", name, *options)
+        assert (code, "2 prompts" in said, out.read_text()) == (0, False, "".join(lines)), said
+    row = json.loads(first)  # as it was written before paths were resolved
+    row["settings"]["checkpoint"] = str(Path("r") / Path(row["settings"]["checkpoint"]).relative_to(trained))
+    out.write_text(json.dumps(row) + "\n")
+    for name in ("r", trained, trained):
+        code, _, said = command(capsys, "generate", name, *options)
+        assert code == 0, said
+    monkeypatch.chdir(tmp_path)  # where that is no model
+    code, _, said = command(capsys, "generate", trained, *options)
+    assert code == 2
+    assert "was generated otherwise: checkpoint" in said
 
 
 def test_thoughts_and_iterations_change_at_inference(trained, capsys):

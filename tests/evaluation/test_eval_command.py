@@ -152,6 +152,22 @@ def test_settings_of_documents_are_heeded_wherever_they_are_said(runs, tmp_path)
     assert loss() == expected
 
 
+def test_settings_reach_every_evaluator_that_has_them(runs, tasks, tmp_path):
+    """Under whatever name, the recipe's own and those of --set, but where --set says otherwise."""
+    run, out = tmp_path / "run", tmp_path / "found.jsonl"
+    shutil.copytree(runs["plain"], run)
+    with (run / "recipe.toml").open("a") as file:
+        file.write('\n[evaluators."my books"]\nkind = "documents"\nmax_documents = 3\noverlap = 40\n')
+        file.write(f'\n[evaluators.asked]\nkind = "lm_eval"\ntasks = "choices"\ninclude = "{tasks}"\n')
+    more = f"evaluators.more={{kind='lm_eval', tasks='choices', include='{tasks}', limit=3}}"
+    settings = ["--limit", 2, "--overlap", 0, "--batch", 2]
+    assert command("eval", run, *settings, "--out", out, "--set", more) == 0
+    rows = {row["evaluator"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows["my books"]["documents"] == rows["documents"]["documents"] == 2
+    assert rows["my books"]["loss"] == rows["documents"]["loss"]
+    assert (rows["asked"]["choices/questions"], rows["more"]["choices/questions"]) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,7 +195,12 @@ def test_counts_are_checked_before_anything_is_computed(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "impossible", [["--tasks", "choicez"], ["--set", "evaluators.text={kind='sample', prompt='a'}"]]
+    "impossible",
+    [
+        ["--tasks", "choicez"],
+        ["--tasks", "continue", "choices", "--few-shot", 0, 9],
+        ["--set", "evaluators.text={kind='sample', prompt='a'}"],
+    ],
 )
 def test_all_evaluators_and_tasks_are_checked_before_the_first(runs, tasks, tmp_path, impossible):
     out = tmp_path / "found.jsonl"

@@ -17,6 +17,7 @@ from lattice.hf.export import export
 from lattice.lm_eval_model import Generation, LatticeLM
 from lattice.lm_eval_model import main as lm_eval_main
 from lattice.load import load_subject
+from lattice.recipe import RecipeError
 from lattice.run_folder import training_steps
 from lattice.world import World
 from tests.evaluation.small_runs import RECIPE, train
@@ -187,6 +188,20 @@ def test_a_continuation_that_is_too_long_is_scored_by_its_end_and_that_is_said(r
     assert "1 of 1 continuations are scored by their end alone: the longest has 49 tokens" in caplog.text
 
 
+def test_a_prompt_that_is_too_long_to_go_on_keeps_its_end_and_that_is_said(runs, caplog):
+    """Once for all that ask alike, with the tokens that they are to leave room for."""
+    model = LatticeLM(runs["plain"], device="cpu")
+    few, many = {"max_gen_toks": 6}, {"max_gen_toks": 16}
+    asked = [("y" * 42, few), ("x" * 9 + "y" * 42, few), ("y" * 33, many), ("", many)]
+    whole, cut, *_ = model.generate_until([instance("generate_until", *one) for one in asked])
+    assert cut == whole
+    lost = "1 of 2 requests lose their beginning: the longest has"
+    assert [record.message for record in caplog.records] == [
+        f"{lost} 51 tokens, and the model's context of 48 leaves 42 beside 6 new ones",
+        f"{lost} 33 tokens, and the model's context of 48 leaves 32 beside 16 new ones",
+    ]
+
+
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
 def test_how_many_tokens_a_task_wants(name):
     given = Generation({name: 16, "do_sample": True, "temperature": 1.0, "top_k": 0})
@@ -211,7 +226,61 @@ def test_what_a_generation_cannot_heed_is_refused(options, message, runs, tasks,
     write_task(tmp_path / "asks.yaml", tasks / "continue.yaml", generation_kwargs=options)
     (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["asks"]}))
     with pytest.raises(ValueError, match=f"^task 'asks': generation_kwargs: {message}"):
-        harness.check_tasks("both", include=tmp_path)
+        harness.check_tasks("both", context=48, include=tmp_path)
+
+
+CANNOT = {
+    "long": ({"generation_kwargs": {"max_gen_toks": 48}}, r"max_gen_toks = 48: must be less than .* of 48$"),
+    "silent": ({"generation_kwargs": None}, r"max_gen_toks = 256: must be less than the context of 48$"),
+    "misspelt": ({"doc_to_text": "{{texd}}"}, r"UndefinedError: 'texd' is undefined \(<template>, line 1"),
+    "wide": (
+        {"num_fewshot": 3},
+        r"with 3 solved examples from 3 documents: Sample larger than population or is negative$",
+    ),
+    "blank": (
+        {"output_type": "loglikelihood", "doc_to_target": "", "metric_list": None},
+        r"the continuation of 'def f\(x\):\\n    return x' is empty: there is nothing to score$",
+    ),
+    "coded": ({"unsafe_code": True}, r"runs code that the model writes, which is not done here$"),
+    "seen": ({"doc_to_image": "text"}, r"asks about pictures or sounds, and the model reads text alone$"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_a_task_that_cannot_be_asked_is_named_before_the_first_question(tasks, tmp_path, name):
+    changes, message = CANNOT[name]
+    trimmed = {"doc_to_text": "{{text | trim}}", "fewshot_split": "test", **changes}
+    write_task(tmp_path / f"{name}.yaml", tasks / "continue.yaml", **trimmed)
+    with pytest.raises(ValueError, match=f"^task '{name}': {message}"):
+        harness.check_tasks(name, context=48, include=tmp_path)
+
+
+def test_an_answer_without_text_is_said_of_its_task(tasks, tmp_path):
+    write_task(tmp_path / "empty.yaml", tasks / "choices.yaml", doc_to_choice=["", "b"])
+    with pytest.raises(ValueError, match=r"^task 'empty': IndexError: .* \(task.py, line .*choice\[0\]"):
+        harness.check_tasks("empty", context=48, include=tmp_path)
+
+
+def test_tasks_are_checked_with_every_number_of_solved_examples(tasks, tmp_path, capfd):
+    """Whichever comes first, but for tasks whose own number is 0, which lm-eval heeds. No bars are drawn."""
+    split = {"fewshot_split": "test"}
+    write_task(tmp_path / "four.yaml", tasks / "choices.yaml", **split)
+    write_task(tmp_path / "none.yaml", tasks / "choices.yaml", **split, num_fewshot=0)
+    harness.check_tasks(["four", "none"], context=48, include=tmp_path, few_shot=(0, 3, None))
+    harness.check_tasks("none", context=48, include=tmp_path, few_shot=(7,))
+    for few_shot in ((0, 7), (7, 0)):
+        with pytest.raises(ValueError, match=r"^task 'four': with 7 solved examples from 4 documents: "):
+            harness.check_tasks(["none", "four"], context=48, include=tmp_path, few_shot=few_shot)
+    assert not capfd.readouterr().err
+
+
+def test_a_task_in_two_of_those_named_is_refused(tasks, tmp_path):
+    """lm-eval would, when it begins; by a tag it may be named twice."""
+    write_task(tmp_path / "one.yaml", tasks / "choices.yaml", tag="tagged")
+    (tmp_path / "all.yaml").write_text(json.dumps({"group": "all", "task": ["one"]}))
+    harness.check_tasks(["one", "tagged"], context=48, include=tmp_path)
+    with pytest.raises(ValueError, match=r"^task 'one': is asked for twice, by 'one' and by 'all'$"):
+        harness.check_tasks(["one", "all"], context=48, include=tmp_path)
 
 
 def test_a_generation_is_greedy_or_drawn_as_the_task_says():
@@ -238,6 +307,23 @@ def test_tasks_while_training(tasks, tmp_path):
     assert with_tasks == without  # evaluating leaves the training alone
 
 
+def test_an_evaluator_of_tasks_that_cannot_work_is_named_before_the_first_step(tasks, tmp_path):
+    """With each of its numbers of solved examples, and the context that its texts are to fit."""
+    write_task(tmp_path / "long.yaml", tasks / "continue.yaml", generation_kwargs={})
+    write_task(tmp_path / "four.yaml", tasks / "choices.yaml")
+    of_tasks = {"kind": "lm_eval", "include": str(tmp_path), "every": 2}
+    evaluators = {"texts": {**of_tasks, "tasks": "long"}, "shots": {**of_tasks, "tasks": "four"}}
+    evaluators["shots"]["few_shot"] = [0, 7]
+    with pytest.raises(RecipeError) as caught:
+        train(tmp_path / "run", evaluators=evaluators)
+    texts, shots = caught.value.problems
+    assert texts.endswith(
+        "[evaluators.texts]: task 'long': max_gen_toks = 256: must be less than the context of 48"
+    )
+    assert "[evaluators.shots]: task 'four': with 7 solved examples from 4 documents: " in shots
+    assert not training_steps(tmp_path / "run")
+
+
 def test_a_task_that_draws_is_always_the_same_and_disturbs_no_generator(runs, tasks, tmp_path):
     """As gpqa, which shuffles its answers."""
     import datasets
@@ -262,9 +348,10 @@ def test_a_task_that_draws_is_always_the_same_and_disturbs_no_generator(runs, ta
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
             expected = draws()
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-            harness.check_tasks("drawn", include=tmp_path)
-            found = harness.run_tasks(subject, "drawn", include=tmp_path, samples=True)
-            asked.append([sample["doc"]["q"] for sample in found.samples["drawn"]])
+            if seed == 1:  # checked before or not
+                harness.check_tasks("drawn", context=48, include=tmp_path, few_shot=(0, 2))
+            found = harness.run_tasks(subject, "drawn", include=tmp_path, few_shot=2, samples=True)
+            asked.append([sample["arguments"][0][0] for sample in found.samples["drawn"]])
             assert draws() == expected
     finally:
         if datasets_cached:
@@ -347,6 +434,13 @@ def test_lm_evals_own_tasks_are_known_to_a_local_group(tasks, tmp_path, caplog):
     )
     harness._named(["piqa", "sciq"], tmp_path / "again")
     assert not caplog.records, "that it goes before lm-eval's own was asked for"
+
+
+def test_tasks_of_a_folder_are_those_its_files_hold(tasks, tmp_path):
+    """Whatever the files are called."""
+    (tmp_path / "piqa.yaml").write_text((tasks / "choices.yaml").read_text())
+    assert harness._named("piqa", tmp_path)[2].task_index["piqa"].yaml_path != tmp_path / "piqa.yaml"
+    assert "piqa" not in harness._named("choices", tmp_path)[2].all_tasks
 
 
 def test_paper_tasks_are_nine():

@@ -241,6 +241,45 @@ def test_a_sweep_trains_compares_and_goes_on(tmp_path, capsys):
     assert not (tmp_path / "out/new").exists()
 
 
+def test_the_base_of_a_study_is_its_first_arm_whichever_runs_fail(tmp_path, capsys):
+    out, sizes = tmp_path / "out", {"plain": {}, "wide": {"intermediate_size": 64}}
+    path = write(tmp_path, {arm: {"backbone": size} for arm, size in sizes.items()}, seeds=[0, 1])
+    for arm, seed in (("plain", 1), ("wide", 0), ("wide", 1)):
+        backbone, run = RECIPE["backbone"] | sizes[arm], RECIPE["run"] | {"seed": seed}
+        train(out / arm / f"seed{seed}", backbone=backbone, run=run)
+    for base, others in (("plain", ["wide"]), ("wide", [])):
+        (out / "plain/seed0").write_text("no directory can be made here")
+        assert command("sweep", path, "--out", "out") == 1
+        said = capsys.readouterr()
+        rows = json.loads((out / "comparison.json").read_text())
+        assert [(row["arm"], row["base"]) for row in rows] == [(arm, base) for arm in (base, *others)]
+        assert f"against {base}" in said.out
+        warning = "arm 'plain' has no finished run: the others are compared with arm 'wide'"
+        assert (warning in said.err) == (base == "wide")
+        if base == "plain":
+            shutil.rmtree(out / "plain/seed1")
+            (out / "plain/seed1").write_text("nor here")
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL, perhaps for lack of memory (all of it in "),
+        ("os.kill(os.getpid(), 6)", "killed by SIGABRT (all of it in "),
+        ("os._exit(3)", "it printed nothing (exit code 3; all of it in "),
+        ("print('no room', flush=True) or os._exit(3)", "no room (exit code 3; all of it in "),
+    ],
+)
+def test_what_ended_a_run_is_said_of_this_call(tmp_path, capsys, ends, said):
+    (tmp_path / "ends.py").write_text(f"import os, sys\nif 'run' in sys.argv:\n    {ends}\n")
+    (tmp_path / "base.toml").write_text(tomli_w.dumps({**RECIPE, "imports": ["ends.py"]}))
+    log = tmp_path / "out/plain/seed0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("step 3/6  loss 5.1\n")  # of an earlier call
+    assert command("sweep", write(tmp_path, {"plain": {}}), "--out", "out") == 1
+    assert f"plain, seed 0 failed: {said}" in capsys.readouterr().err
+
+
 def test_a_sweep_that_is_refused_changes_nothing(tmp_path):
     """What the one that goes on will train lies in arm.toml."""
     out = tmp_path / "out"
@@ -419,6 +458,34 @@ def test_arms_of_the_same_recipe_stay_apart_and_a_run_counts_once(tmp_path):
         train(tmp_path / arm / "seed0")
     runs, _ = find_runs([tmp_path, tmp_path / "one", tmp_path / "other" / ".." / "one"])
     assert [(group.name, len(group.runs)) for group in groups_of(runs)] == [("one", 1), ("other", 1)]
+    train(tmp_path / "wide", backbone={**RECIPE["backbone"], "intermediate_size": 64})
+    runs, _ = find_runs([tmp_path / arm for arm in ("other", "wide", "one")])
+    assert [group.name for group in groups_of(runs)] == ["other", "wide", "one"]  # as they were given
+
+
+@pytest.mark.parametrize("left", [None, "", '{"step": 4, "tokens": 512, "validation/loss": 5.0}\n'])
+def test_a_run_without_its_metrics_is_named(tmp_path, capsys, left):
+    train(tmp_path / "runs/one")
+    metrics = train(tmp_path / "runs/other") / "metrics.jsonl"
+    metrics.unlink() if left is None else metrics.write_text(left)
+    assert command("compare", "runs") == 2
+    assert "runs/other/metrics.jsonl holds no step of a run that has taken 4" in capsys.readouterr().err
+
+
+def test_a_recipe_beside_runs_hides_none_of_them(tmp_path, capsys):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp/recipe.toml").write_text(tomli_w.dumps(RECIPE))
+    for command_ in ("compare", "plot"):
+        assert command(command_, "exp") == 2
+        assert "'exp' is no run and holds none" in capsys.readouterr().err
+    for seed in (0, 1):
+        train(tmp_path / f"exp/seed{seed}", run={**RECIPE["run"], "seed": seed})
+    for given in ("exp", "."):
+        assert command("compare", given, "--out", "out") == 0
+        assert "left out" not in capsys.readouterr().out
+        (row,) = json.loads(Path("out/comparison.json").read_text())
+        assert row["seeds"] == [0, 1]
+    assert command("plot", "exp") == 0
 
 
 def drawn(monkeypatch):
@@ -484,7 +551,7 @@ def names_in(legend):
 def test_curves_are_averaged_where_all_seeds_were_evaluated(tmp_path, monkeypatch):
     losses = [{128: 4.0, 256: 3.0, 512: 1.0}, {256: 5.0, 384: 9.0, 512: 2.0}]
     for seed, curve in enumerate(losses):
-        rows = [{"step": 1, "tokens": at, "validation/loss": loss} for at, loss in curve.items()]
+        rows = [{"step": 1, "tokens": at, "loss": 9.0, "validation/loss": loss} for at, loss in curve.items()]
         (tmp_path / f"seed{seed}").mkdir()
         (tmp_path / f"seed{seed}/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = [Run(tmp_path / f"seed{seed}", load_recipe(RECIPE), {}) for seed in (0, 1)]
@@ -542,6 +609,21 @@ def test_the_base_differs_least_from_all_and_costs_least_or_is_the_first_of_a_st
     assert "What each changes of <code>plain</code>" in Path("whole/report.html").read_text()
     assert command("compare", "out/deep", "out/plain", "--out", "two") == 0
     assert "What each changes of <code>plain</code>" in Path("two/report.html").read_text()
+
+
+def test_a_run_that_was_prolonged_is_no_seed_of_one_that_was_not(tmp_path, capsys):
+    """Its learning rate had gone down to its end before it went up again."""
+    few, more = ({"run": RECIPE["run"] | {"steps": steps}} for steps in (2, 4))
+    prolonged, whole = tmp_path / "runs" / "prolonged", tmp_path / "runs" / "whole"
+    train(prolonged, **few)
+    train(prolonged, **more)
+    train(whole, run=more["run"] | {"seed": 1})
+    capsys.readouterr()
+    assert command("compare", "runs", "--out", "out") == 0
+    out, said = capsys.readouterr()
+    assert "arm 'prolonged': had 2 steps until step 2: its learning rate has followed several" in said
+    arms = json.loads(Path("out/comparison.json").read_text())
+    assert [(arm["arm"], arm["seeds"]) for arm in arms] == [("prolonged", [0]), ("whole", [1])], out
 
 
 def test_losses_are_shown_against_the_bases_run_of_the_same_seed(tmp_path, capsys):
