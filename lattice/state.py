@@ -55,8 +55,8 @@ def _optimizer(graph: TrainingGraph) -> dict[str, Any]:
 
 
 def not_finite(model: LanguageModel) -> list[str]:
-    """Names of the parameters of which something, here, is no number or infinite."""
-    named = [(name, local(parameter)) for name, parameter in _parameters(model).items()]
+    """Names of the parameters that are trained of which something, here, is no number or infinite."""
+    named = [(name, local(one)) for name, one in _parameters(model).items() if one.requires_grad]
     if not named:
         return []
     # On a GPU one answer for all of them, for which training waits once.
@@ -125,9 +125,8 @@ def resume(graph: TrainingGraph) -> dict[str, Any] | None:
     set_optimizer_state_dict(graph.model, graph.optimizer, optimizer)
     parameters = _parameters(graph.model)
     for name in loaded.get("without_state", []):
-        graph.optimizer.state.pop(
-            parameters[name], None
-        )  # it begins with the first gradient, as it would have
+        # It begins with the first gradient, as it would have.
+        graph.optimizer.state.pop(parameters[name], None)
     _put_back_groups(graph, loaded.get("groups", []))
     _put_back(loaded.get("random", {}), graph.device)
     return loaded
