@@ -82,7 +82,10 @@ def measured(workers: dict[str, Worker], warm_up: int, repetitions: int) -> dict
 
 
 def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    environment.pop("OMP_WAIT_POLICY", None)
+    if options.wait == "sleeping":
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
     decoding = options.mode == "decode"
     batch = options.batch or (1 if decoding else 2)
     length = options.length or (32 if decoding else 256)
@@ -113,6 +116,7 @@ def compare(options: argparse.Namespace, thoughts: int, precision: str) -> list[
                 "batch": batch,
                 "length": length,
                 "threads": options.threads,
+                "wait": options.wait,
                 "repetitions": options.repetitions,
                 "seconds": statistics.median(one["seconds"] for one in taken),
                 "speedup": quartiles(ratios),
@@ -171,6 +175,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--wait",
+        choices=("sleeping", "spinning"),
+        default="sleeping",
+        help="what threads do until they are needed again; OpenMP's default is to spin a while, which is "
+        "faster where nothing else runs, and slower by far where something does",
+    )
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, help="results/against_reference[_decode].jsonl if not given")

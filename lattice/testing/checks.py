@@ -22,6 +22,7 @@ from lattice.ledger import ledger, operations_of, training_passes
 from lattice.model import LanguageModel
 from lattice.options import to_table
 from lattice.recipe import load_recipe
+from lattice.registry import lookup
 from lattice.slots import Slots, Tokens
 from lattice.testing.counted import operations, slots_of
 from lattice.testing.subject import (
@@ -302,8 +303,8 @@ def _costs(subject: Subject) -> Iterator[tuple[str, str, list[float], list[float
     }
     declared = [operations_of(recipe, passes, length=length, backward=True) for passes in training]
     yield "training", "operations", [steps[forward] for forward in alike], declared
-    # Of a training step of one pass exactly; of several the last product of one is not always computed again.
-    if len(set(alike)) == 1 and all(len(passes) == 1 for passes in training):
+    # This is for backbones. Of other recurrences the last product of a pass is not always computed again.
+    if component == lookup("recurrence", "none")():
         for kind in ("block", "selective"):
             checkpointing: dict[str, Any] = {"activation_checkpoint": {"kind": kind}}
             again = subject.model(component, **checkpointing)
