@@ -9,9 +9,9 @@ goal      A training step (forward, backward, AdamW) of the first size with one 
           again: bfloat16 and float8, as it is and compiled. Tokens/s, peak memory, MFU.
 thoughts  The same of each size, number of thoughts, precision and checkpointing, as it is if --compiled does
           not say otherwise.
-decode    New tokens/s, thoughts in sequence through the cache.
-parity    The golden cases in float32 (needs pytest); attention's kernels, float8 and compiled layers against
-          the plain way.
+decode    New tokens/s, thoughts in sequence through the cache, passes recorded as CUDA graphs and not.
+parity    The golden cases in float32 (needs pytest); attention's kernels, CUDA graphs, float8 and compiled
+          layers against the plain way.
 kernels   The matrix products of a layer and its attention by themselves, which bound all else.
 
 Each size has its thoughts, then its decoding, before the next. With --profile a step of each case of goal
@@ -80,6 +80,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--step-seconds", type=float, default=2, help="of a step: no more sequences than take this long"
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of decode")
+    parser.add_argument(
+        "--graphs", nargs="+", choices=["yes", "no"], default=["yes", "no"], help="CUDA graphs, of decode"
+    )
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=10, help="at most")
     parser.add_argument("--case-seconds", type=float, default=10, help="begin no repetition after this long")

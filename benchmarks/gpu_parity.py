@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lattice
-from lattice import attention_mask
+from lattice import attention_mask, replay
 from lattice.components.mask.document import Document
 from lattice.decoder import AttentionMask, Rotary, attend
 from lattice.protocols import Precision
@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", ".*multiplies the embeddings by")  # drawn wei
 def parity(options: argparse.Namespace) -> Cases:
     torch.set_float32_matmul_precision("highest")  # no TF32
     yield from golden(options)
+    yield from recordings(options)
     yield from formats(options)
     yield from attention(options)  # last: each mask is compiled anew
 
@@ -96,6 +97,66 @@ def _golden_case(
         loss=abs(loss.item() / manifest["loss"] - 1),
         gradient_norms=max(errors),
     )
+
+
+def recordings(options: argparse.Namespace) -> Cases:
+    """Decoding by CUDA graphs against decoding as it is written, in rows of several lengths."""
+    given = {"device": options.device, "length": 40 if options.tiny else 300}
+    for precision in ("fp32", "bf16"):
+        for thoughts in (0, 2):
+            labels: dict[str, Any] = {"thoughts": thoughts, "precision": precision}
+            yield {"case": "recorded", **labels}, functools.partial(_recorded, **labels, **given)
+    if options.device.type == "cuda":
+        yield {"case": "not recordable"}, functools.partial(_not_recordable, **given)
+
+
+def _recorded(
+    found: dict[str, Any], *, thoughts: int, precision: str, device: torch.device, length: int
+) -> None:
+    recipe = recipe_of("tiny", thoughts, device=device, precision=precision)
+    model, computes = build(recipe, device), recipe.component("precision")
+    ids_BL = some_ids(model, 3, length)
+    present_BL = torch.arange(length, device=device) >= torch.tensor([[0], [9], [30]], device=device)
+    with mock.patch.object(replay, "AFTER", sys.maxsize):
+        reference, _ = decoded(model, ids_BL, present_BL, computes)
+    value, replays = decoded(model, ids_BL, present_BL, computes)
+    assert replays.recorded or device.type != "cuda", "nothing was recorded"
+    found["recorded"] = replays.recorded
+    within(found, {"logits": 1e-5 if precision == "fp32" else 0.03}, logits=difference(value, reference))
+
+
+def _not_recordable(found: dict[str, Any], *, device: torch.device, length: int) -> None:
+    """A layer that waits for the GPU, which a graph cannot: it is said, and decoding goes on."""
+    model = build(recipe_of("tiny", 1, device=device, precision="fp32"), device)
+    ids_BL, computes = some_ids(model, 3, length), precision_of("fp32")
+    reference, _ = decoded(model, ids_BL, None, computes)
+    norm = model.decoder.blocks[0].input_layernorm
+    kind = type(
+        "Waits",
+        (type(norm),),
+        {"forward": lambda self, x: super(kind, self).forward(x * x.norm().cpu() / x.norm())},
+    )
+    norm.__class__ = kind
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        value, replays = decoded(model, ids_BL, None, computes)
+    found["said"] = [str(one.message) for one in said]
+    assert not replays.recorded
+    assert any("without CUDA graphs" in one for one in found["said"]), "nothing was said"
+    within(found, {"logits": 1e-5}, logits=difference(value, reference))
+
+
+def decoded(
+    model: lattice.LanguageModel, ids_BL: Tensor, present_BL: Tensor | None, precision: Precision
+) -> tuple[Tensor, replay.Replays]:
+    """Logits after each token, where it is no padding."""
+    cache, logits = model.cache(), list[Tensor]()
+    with precision.autocast(ids_BL.device):
+        for at in range(ids_BL.shape[1]):
+            present_B1 = None if present_BL is None else present_BL[:, at : at + 1]
+            logits.append(model.step(ids_BL[:, at : at + 1], cache, present_B1))
+    logits_BLV = torch.stack(logits, 1)
+    return logits_BLV if present_BL is None else logits_BLV[present_BL], cache.replays
 
 
 def attention(options: argparse.Namespace) -> Cases:

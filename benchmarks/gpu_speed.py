@@ -6,15 +6,18 @@ import argparse
 import functools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu_cases import Cases, build, compile_layers, free, recipe_of, some_ids, synchronize
 from torch import Tensor
 
 import lattice
+from lattice import replay
 from lattice.arrangement import RESERVE
 from lattice.draws import Draw
 from lattice.hardware import peak_of
@@ -213,8 +216,10 @@ def decode(options: argparse.Namespace, size: str) -> Cases:
     prompt, new = (8, 8) if options.tiny else (128, 64)
     for count in options.thoughts:
         for rows in options.batches:
-            labels = {"size": size, "thoughts": count, "batch": rows, "prompt": prompt, "new": new}
-            yield labels, functools.partial(decoding, labels=labels, options=options)
+            for graphs in options.graphs:
+                labels = {"size": size, "thoughts": count, "batch": rows, "prompt": prompt, "new": new}
+                labels["graphs"] = graphs == "yes"
+                yield labels, functools.partial(decoding, labels=labels, options=options)
 
 
 def decoding(found: dict[str, Any], *, labels: dict[str, Any], options: argparse.Namespace) -> None:
@@ -222,9 +227,11 @@ def decoding(found: dict[str, Any], *, labels: dict[str, Any], options: argparse
     rows, new = labels["batch"], labels["new"]
     recipe = recipe_of(labels["size"], labels["thoughts"], device=options.device)
     model = build(recipe, options.device, drawn=False).eval()
+    after = replay.AFTER if labels["graphs"] else sys.maxsize
     ids_BL = some_ids(model, rows, labels["prompt"])
     generate = functools.partial(lattice.generate, model, ids_BL, parallel_prefill=True)
-    with recipe.component("precision").autocast(options.device), torch.no_grad():
+    recorded = mock.patch.object(replay, "AFTER", after)
+    with recipe.component("precision").autocast(options.device), torch.no_grad(), recorded:
         generate(max_new_tokens=2)
         synchronize(options.device)
         first, whole = (

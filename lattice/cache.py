@@ -8,7 +8,7 @@ Shapes: B batch, H key/value heads, S slots, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lattice.one_row import kept_dtype
+from lattice.replay import Replays
 from lattice.slots import Slots
 
 Pair = tuple[Tensor, Tensor]
@@ -61,8 +62,9 @@ class KVCache:
     `gradients` keeps what autograd needs; without it they lie in buffers that are written in place.
     """
 
-    def __init__(self, num_layers: int, *, gradients: bool = False) -> None:
+    def __init__(self, num_layers: int, *, gradients: bool = False, replays: Replays | None = None) -> None:
         self._layers = [_Pieces() if gradients else _Buffer() for _ in range(num_layers)]
+        self.replays = replays or Replays()
         self._gradients = gradients
         self._starts: dict[Segment, int] = {}
         self._stages: dict[tuple[int, int], int] = {}
@@ -101,7 +103,7 @@ class KVCache:
         if index == 0:
             return self
         if index not in self._later:
-            self._later[index] = KVCache(len(self._layers), gradients=self._gradients)
+            self._later[index] = KVCache(len(self._layers), gradients=self._gradients, replays=self.replays)
         return self._later[index]
 
     def holds(self, segment: Segment) -> bool:
@@ -132,6 +134,21 @@ class KVCache:
         """For a pass of layers [start, stop) over a segment that has its place."""
         at = self._starts[segment]
         return [layer.opened(at, segment.size, self._held_B) for layer in self._layers[start:stop]]
+
+    def room(self, segment: Segment, start: int, stop: int | None) -> Room | None:
+        """For a pass of layers [start, stop) over a token that has its place, where their buffers have room
+        for it; None where they do not, or are not alike."""
+        if segment.stop - segment.first != 1 or self._held_B is not None:
+            return None
+        at, buffers = self._starts[segment], list[_Buffer]()
+        for layer in self._layers[start:stop]:
+            if not isinstance(layer, _Buffer):
+                return None
+            buffers.append(layer)
+        if len({(buffer.length, buffer.capacity) for buffer in buffers}) != 1:
+            return None
+        room = Room(buffers, at, segment.size)
+        return room if room.length <= room.capacity else None
 
     def hold(self, rows_B: Tensor | None) -> None:
         """From now on, keys and values of these rows (True) that are there are not replaced."""
@@ -165,18 +182,24 @@ class _Buffer:
     def __init__(self) -> None:
         self._keys_BHSE: Tensor | None = None
         self._values_BHSE: Tensor | None = None
-        self._length = 0
+        self.length = 0
+        """Slots that it holds."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots for which there is room."""
+        return 0 if self._keys_BHSE is None else self._keys_BHSE.shape[2]
 
     def opened(self, start: int, size: int, held_B: Tensor | None) -> LayerCache:
         return _BufferAt(self, start, held_B)
 
     @property
     def numbers(self) -> int:
-        pair = self.read(0, self._length)
+        pair = self.read(0, self.length)
         return 0 if pair is None else pair[0].numel() + pair[1].numel()
 
     def read(self, start: int, size: int) -> Pair | None:
-        if self._keys_BHSE is None or self._values_BHSE is None or start + size > self._length:
+        if self._keys_BHSE is None or self._values_BHSE is None or start + size > self.length:
             return None
         at = slice(start, start + size)
         return self._keys_BHSE[:, :, at], self._values_BHSE[:, :, at]
@@ -185,12 +208,57 @@ class _Buffer:
         size = keys_BHSE.shape[2]
         if held_B is not None and (old := self.read(start, size)) is not None:
             keys_BHSE, values_BHSE = _keep(held_B, old[0], keys_BHSE), _keep(held_B, old[1], values_BHSE)
-        self._length = max(self._length, start + size)
-        self._keys_BHSE = _room(self._keys_BHSE, keys_BHSE, self._length)
-        self._values_BHSE = _room(self._values_BHSE, values_BHSE, self._length)
+        self.length = max(self.length, start + size)
+        self._keys_BHSE = _room(self._keys_BHSE, keys_BHSE, self.length)
+        self._values_BHSE = _room(self._values_BHSE, values_BHSE, self.length)
         self._keys_BHSE[:, :, start : start + size] = keys_BHSE
         self._values_BHSE[:, :, start : start + size] = values_BHSE
-        return self._keys_BHSE[:, :, : self._length], self._values_BHSE[:, :, : self._length]
+        return self._keys_BHSE[:, :, : self.length], self._values_BHSE[:, :, : self.length]
+
+    def fixed(self, at_S: Tensor) -> LayerCache:
+        assert self._keys_BHSE is not None
+        assert self._values_BHSE is not None
+        return _FixedAt(self._keys_BHSE, self._values_BHSE, at_S)
+
+
+class Room(NamedTuple):
+    """Buffers that have room for the slots of a pass, all alike."""
+
+    buffers: Sequence[_Buffer]
+    at: int
+    """Where the first of them is written."""
+    size: int
+
+    @property
+    def capacity(self) -> int:
+        return self.buffers[0].capacity
+
+    @property
+    def length(self) -> int:
+        """Slots that are there, with these."""
+        return max(self.buffers[0].length, self.at + self.size)
+
+    def fixed(self, at_S: Tensor) -> list[LayerCache]:
+        """Of these layers: slots are written where the tensor says, and the whole buffer is returned. Those
+        are the same operations on the same memory wherever the slots are."""
+        return [buffer.fixed(at_S) for buffer in self.buffers]
+
+    def written(self) -> None:
+        """The slots are there now."""
+        length = self.length
+        for buffer in self.buffers:
+            buffer.length = length
+
+
+class _FixedAt(NamedTuple):
+    keys_BHSE: Tensor
+    values_BHSE: Tensor
+    at_S: Tensor
+
+    def append(self, keys_BHSE: Tensor, values_BHSE: Tensor) -> Pair:
+        self.keys_BHSE.index_copy_(2, self.at_S, keys_BHSE.to(self.keys_BHSE.dtype))
+        self.values_BHSE.index_copy_(2, self.at_S, values_BHSE.to(self.values_BHSE.dtype))
+        return self.keys_BHSE, self.values_BHSE
 
 
 class _BufferAt(NamedTuple):
@@ -207,7 +275,8 @@ def _room(buffer: Tensor | None, like_BHSE: Tensor, needed: int) -> Tensor:
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     batch, heads, _, size = like_BHSE.shape
-    grown = like_BHSE.new_empty(batch, heads, max(64, 2 * needed), size, dtype=kept_dtype(like_BHSE))
+    # A recorded pass is given the room that is left as well: what it does not see must be numbers, too.
+    grown = like_BHSE.new_zeros(batch, heads, max(64, 2 * needed), size, dtype=kept_dtype(like_BHSE))
     if buffer is not None:
         grown[:, :, : buffer.shape[2]] = buffer
     return grown

@@ -94,6 +94,12 @@ class Block(nn.Module, ABC):
     def finish(self, attended_E: Tensor, local_D: Tensor) -> Tensor:
         """From what attention gave (…, H·E) and what went past it (…, D) to the layer's output (…, D)."""
 
+    @property
+    def recordable(self) -> bool:
+        """Whether it meets other slots in `attend` alone, which asks the mask: then keys may be given to it
+        that the mask leaves out (lattice.replay). A `forward` of its own may look at how many there are."""
+        return type(self).forward is Block.forward
+
     def alone(self, x_D: Tensor) -> Alone:
         projected = self.project(x_D)
         # Called past `forward`, where accelerate would move the input to a layer that lies elsewhere.

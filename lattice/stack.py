@@ -15,12 +15,13 @@ from torch import Tensor
 from lattice.attention_mask import attention_mask
 from lattice.cache import KVCache, LayerCache, Segment
 from lattice.decoder import Alone, AttentionMask, Block, Decoder, Rotary
+from lattice.layers import ALL as ALL
+from lattice.layers import Layers
 from lattice.protocols import ActivationCheckpoint, Mask
+from lattice.replay import OneToken
 from lattice.slots import Slots, Tokens
 from lattice.split import Split
 from lattice.transient import product_dtype
-
-ALL = slice(None)
 
 
 class Fixed:
@@ -180,20 +181,21 @@ class Stack:
         stages = sum(_tensor(part).shape[2] for part in slots)
         segment = self.segment(stages, first_stage)
         mask = self._attention_mask(segment, cache)
-        blocks = self._decoder.blocks[start:stop]
+        blocks = cast("Sequence[Block]", self._decoder.blocks[start:stop])
         fixed, slots_BLnD = self._fixed_and_others(slots, len(blocks))
         rotary = self._rotary_for(segment, slots_BLnD)
         caches = self._layers(len(blocks), segment, cache, start, stop)
-        given = None if fixed is None else fixed.alone(cast("Block", blocks[0]))
+        given = None if fixed is None else fixed.alone(blocks[0])
+        layers = Layers(blocks, self._decoder.final_norm if norm else None)
+        if cache is not None and fixed is None and self._split is None and len(blocks):
+            one = OneToken(slots_BLnD, rotary, mask, read)
+            room = cache.room(segment, start, stop)
+            if room is not None and (replayed := cache.replays.run(layers, one, room)) is not None:
+                return replayed
 
         def whole_pass(x_BLnD: Tensor) -> Tensor:
-            alone = given
-            # By index: layers that share their weights may be one module.
-            for index, (block, layer_cache) in enumerate(zip(blocks, caches, strict=True)):
-                needed = read if index == len(blocks) - 1 else ALL
-                call = self._checkpointing.block(block)
-                x_BLnD, alone = call(x_BLnD, rotary, mask, layer_cache, needed, alone), None
-            return self._final_norm(x_BLnD) if norm else x_BLnD
+            called = self._checkpointing.block
+            return layers(x_BLnD, rotary, mask, caches, read=read, given=given, called=called)
 
         hidden_BLrD: Tensor = self._checkpointing.whole_pass(whole_pass)(slots_BLnD).to(slots_BLnD.device)
         return hidden_BLrD if len(blocks) else hidden_BLrD[:, :, read]
@@ -221,10 +223,6 @@ class Stack:
             fixed, slots = first, slots[1:] or (empty_BL0D,)
         tensors = [_tensor(part) for part in slots]
         return fixed, tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=2)
-
-    def _final_norm(self, hidden_BLnD: Tensor) -> Tensor:
-        normed: Tensor = self._decoder.final_norm(hidden_BLnD)
-        return normed
 
     def _attention_mask(self, segment: Segment, cache: KVCache | None) -> AttentionMask:
         """Built once for each layout of queries and keys."""

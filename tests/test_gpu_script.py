@@ -30,7 +30,14 @@ def test_parity(script, tmp_path, monkeypatch):
     pytest.importorskip("torchao.float8")
     assert script.main(["parity", *TINY, "--out", str(tmp_path)]) == 0
     rows = lines(tmp_path, "parity")
-    assert {row["case"] for row in rows} == {"golden", "flash", "block mask", "compiled", "float8"}
+    assert {row["case"] for row in rows} == {
+        "golden",
+        "flash",
+        "recorded",
+        "block mask",
+        "compiled",
+        "float8",
+    }
     assert all(row["ok"] and row["versions"]["torch"] == torch.__version__ for row in rows)
     golden = [row for row in rows if row["case"] == "golden"]
     assert all(row["logits"] < 1e-5 for row in golden)
@@ -202,9 +209,9 @@ def test_slow_steps_are_repeated_less_often(script):
 def test_decode(script, tmp_path):
     asked = ["--thoughts", "1", "--batches", "2", "--out", str(tmp_path)]
     assert script.main(["decode", *TINY, *asked]) == 0
-    (row,) = lines(tmp_path, "decode")
-    assert row["ok"]
-    assert row["repetitions"] == 2
+    rows = lines(tmp_path, "decode")
+    assert [row["graphs"] for row in rows] == [True, False]
+    assert all(row["ok"] and row["repetitions"] == 2 for row in rows)
 
 
 def test_profile(script, tmp_path):
