@@ -275,8 +275,10 @@ def _room(buffer: Tensor | None, like_BHSE: Tensor, needed: int) -> Tensor:
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     batch, heads, _, size = like_BHSE.shape
-    # A recorded pass is given the room that is left as well: what it does not see must be numbers, too.
-    grown = like_BHSE.new_zeros(batch, heads, max(64, 2 * needed), size, dtype=kept_dtype(like_BHSE))
+    # A recorded pass is given the room that is left as well. What it does not see must be numbers, too, and
+    # attention's kernels want what they add to scores in rows of a multiple of 16 bytes.
+    capacity = -(-2 * needed // 64) * 64
+    grown = like_BHSE.new_zeros(batch, heads, capacity, size, dtype=kept_dtype(like_BHSE))
     if buffer is not None:
         grown[:, :, : buffer.shape[2]] = buffer
     return grown

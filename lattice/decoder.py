@@ -49,11 +49,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Causal order over slots that are all queries and all keys, or booleans, or blocks, or none at all."""
+    """Causal order over slots that are all queries and all keys, or what each query sees, or blocks, or none
+    at all."""
 
     causal: bool
     allowed: Tensor | None = None
-    """(B or 1, 1, Q, K), True where a query may look."""
+    """(B or 1, 1, Q, K), True where a query may look; or what is added to scores, in the precision of the
+    queries: 0 there, minus infinity elsewhere."""
     blocks: Blocks | None = None
 
     def to(self, device: torch.device | str | int) -> AttentionMask:

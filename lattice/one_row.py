@@ -78,5 +78,7 @@ def attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, **option
     if not one or (dtype := product_dtype(query_BHSE)) != torch.bfloat16:
         like = query_BHSE.dtype
         return _attend(query_BHSE, key_BGSE.to(like), value_BGSE.to(like), **options)
+    if (added := options.get("attn_mask")) is not None and added.is_floating_point():
+        options["attn_mask"] = added.float()
     with torch.autocast("cpu", enabled=False):
         return _attend(query_BHSE.float(), key_BGSE.float(), value_BGSE.float(), **options).to(dtype)

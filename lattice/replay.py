@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lattice.cache import Room
     from lattice.decoder import AttentionMask, Block, Rotary
 
-AFTER = 8
-"""Passes over a cache before one is recorded, which takes as long as a few of them."""
+AFTER = 4
+"""Passes over a cache before one is recorded, which takes about as long as so many of them."""
 
 
 class OneToken(NamedTuple):
@@ -133,9 +133,9 @@ class _Recorded:
         device, self._dtype = slots_B1nD.device, product_dtype(slots_B1nD)
         self._capacity = room.capacity
         self._at_n = torch.arange(room.size, device=device)
-        self._seen_B1nK = torch.zeros(
-            len(slots_B1nD), 1, room.size, room.capacity, dtype=torch.bool, device=device
-        )
+        # To be added to the scores: of booleans attention would make that anew in each layer.
+        size = len(slots_B1nD), 1, room.size, room.capacity
+        self._unseen_B1nK = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
         self._inputs = tuple(tensor.clone() for tensor in given.tensors)
         self._set(given, room)
         caches = room.fixed(self._at_n)
@@ -144,7 +144,7 @@ class _Recorded:
 
         def compute() -> Tensor:
             slots_B1nD, *tables = self._inputs
-            seen, called = replace(mask, allowed=self._seen_B1nK), partial(cast, dtype=self._dtype)
+            seen, called = replace(mask, allowed=self._unseen_B1nK), partial(cast, dtype=self._dtype)
             # What autocast keeps of its casts is gone when it ends, and the graph would go on to read it.
             with _no_casts_kept(device):
                 return layers(slots_B1nD, type(rotary)(*tables), seen, caches, read=read, called=called)
@@ -165,8 +165,11 @@ class _Recorded:
         for mine, other in zip(self._inputs, given.tensors, strict=True):
             mine.copy_(other)
         torch.arange(room.at, room.at + room.size, out=self._at_n)
-        seen_B1nK = self._seen_B1nK[..., : room.length]
-        seen_B1nK.fill_(True) if given.mask.allowed is None else seen_B1nK.copy_(given.mask.allowed)
+        there_B1nK = self._unseen_B1nK[..., : room.length]
+        if given.mask.allowed is None:
+            there_B1nK.zero_()
+        else:
+            there_B1nK.fill_(-torch.inf).masked_fill_(given.mask.allowed, 0)
 
 
 def recording_on(device: torch.device) -> bool:
