@@ -56,6 +56,10 @@ class Replays:
         self._aside: Any = None
         self._passes = 0
 
+    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
+        """A copy of a cache lies elsewhere in memory: nothing is recorded of it yet."""
+        return Replays, ()
+
     @property
     def recorded(self) -> int:
         """How many passes are recorded now."""

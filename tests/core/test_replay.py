@@ -1,6 +1,7 @@
 """Recorded passes. There are no CUDA graphs on a CPU: what a graph would do again is called again here, on
 the same tensors (benchmarks/gpu.py has the same with graphs)."""
 
+import copy
 from contextlib import contextmanager
 from unittest import mock
 
@@ -130,6 +131,22 @@ def test_weights_are_cast_once_for_all_passes_as_autocast_casts_them(backbone):
     assert (
         casts.count == 2 * linears + 1
     )  # by autocast for the passes before, for all later ones, and the head
+
+
+def test_a_copy_of_a_cache_goes_on_by_itself():
+    model, ids = tiny("llama", thinking(1)), some_ids(1, 40)
+    expected = logits_of(model, ids)
+    with recorded() as recordings:
+        cache = model.cache()
+        for at in range(20):
+            model.step(ids[:, at : at + 1], cache)
+        cache.replays._aside = (token for token in ())  # as little to be copied as a CUDA graph
+        copied, made = copy.deepcopy(cache), recordings.made
+        for at in range(20, 40):
+            model.step(some_ids(1, 1), cache)
+            logits = model.step(ids[:, at : at + 1], copied)
+    assert (made, recordings.made) == (1, 4)  # each of its own, and again when its buffers have grown
+    torch.testing.assert_close(logits, expected[:, -1], atol=1e-10, rtol=0)
 
 
 def test_a_hook_sees_every_pass():
