@@ -65,8 +65,12 @@ class Replays:
         """How many passes are recorded now."""
         return len(self._recorded)
 
-    def run(self, layers: Layers, given: OneToken, room: Room) -> Tensor | None:
+    def run(self, layers: Layers, given: OneToken, find_room: Callable[[], Room | None]) -> Tensor | None:
         """What the layers give, (B, 1, r, D); None where they are to be called as they are written."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not recording_on(given.slots_B1nD.device) or (room := find_room()) is None:
+            return None
         read = range(given.slots_B1nD.shape[2])[given.read]
         key = id(room.buffers[0]), len(layers.blocks), layers.norm is None, room.size, read
         if not self._recordable(key, layers, given):
@@ -91,13 +95,10 @@ class Replays:
 
     def _recordable(self, key: tuple[Any, ...], layers: Layers, given: OneToken) -> bool:
         """Whether such a pass is the same operations for every token, and nothing else besides."""
-        slots_B1nD, _, mask, _ = given
-        if mask.causal or mask.blocks is not None:
-            return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not recording_on(slots_B1nD.device):
+        if given.mask.causal or given.mask.blocks is not None:
             return False
         if key not in self._hooks:
-            self._hooks[key] = _hooks(layers, slots_B1nD.device)
+            self._hooks[key] = _hooks(layers, given.slots_B1nD.device)
         hooks = self._hooks[key]
         return hooks is not None and not any(hooks)
 

@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, n stages a token, S = L·n slots, D hidden, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -189,8 +190,8 @@ class Stack:
         layers = Layers(blocks, self._decoder.final_norm if norm else None)
         if cache is not None and fixed is None and self._split is None and len(blocks):
             one = OneToken(slots_BLnD, rotary, mask, read)
-            room = cache.room(segment, start, stop)
-            if room is not None and (replayed := cache.replays.run(layers, one, room)) is not None:
+            room = partial(cache.room, segment, start, stop)
+            if (replayed := cache.replays.run(layers, one, room)) is not None:
                 return replayed
 
         def whole_pass(x_BLnD: Tensor) -> Tensor:
