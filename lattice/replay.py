@@ -1,5 +1,5 @@
 """Passes over one token of each row, recorded as CUDA graphs. Decoding is many of them, and a GPU takes a
-tenth of the time for their kernels that Python takes to launch them (docs/performance.md).
+fifth of the time for their kernels that Python takes to launch them (docs/performance.md).
 
 A graph is the same kernels on the same memory at every call, so what differs from token to token lies in
 tensors: its slots, their rotary tables, where keys and values are written, which slots are seen. Layers get
@@ -143,13 +143,13 @@ class _Recorded:
         self._unseen_B1nK = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
         self._inputs = tuple(tensor.clone() for tensor in given.tensors)
         self._set(given, room)
-        caches = room.fixed(self._at_n)
-        for block in layers.blocks:
-            cast(block, dtype=self._dtype)
+        caches, called = room.fixed(self._at_n), partial(cast, dtype=self._dtype)
+        for block in layers.blocks:  # here, not aside: torch frees a weight for the stream that made it
+            called(block)
 
         def compute() -> Tensor:
             slots_B1nD, *tables = self._inputs
-            seen, called = replace(mask, allowed=self._unseen_B1nK), partial(cast, dtype=self._dtype)
+            seen = replace(mask, allowed=self._unseen_B1nK)
             # What autocast keeps of its casts is gone when it ends, and the graph would go on to read it.
             with _no_casts_kept(device):
                 return layers(slots_B1nD, type(rotary)(*tables), seen, caches, read=read, called=called)
@@ -226,9 +226,7 @@ def _hooks(layers: Layers, device: torch.device) -> list[Any] | None:
     weights = [weight for module in modules for weight in module.parameters(recurse=False)]
     if not all(block.recordable for block in layers.blocks):
         return None
-    if any(
-        "forward" in vars(module) for module in modules
-    ):  # another in place of the class's, as accelerate does
+    if any("forward" in vars(module) for module in modules):  # not the class's: accelerate's, say
         return None
     if any(type(weight) is not nn.Parameter or weight.device != device for weight in weights):
         return None

@@ -16,8 +16,7 @@ from torch import Tensor
 from lattice.attention_mask import attention_mask
 from lattice.cache import KVCache, LayerCache, Segment
 from lattice.decoder import Alone, AttentionMask, Block, Decoder, Rotary
-from lattice.layers import ALL as ALL
-from lattice.layers import Layers
+from lattice.layers import ALL, Layers
 from lattice.protocols import ActivationCheckpoint, Mask
 from lattice.replay import OneToken
 from lattice.slots import Slots, Tokens
@@ -185,7 +184,6 @@ class Stack:
         blocks = cast("Sequence[Block]", self._decoder.blocks[start:stop])
         fixed, slots_BLnD = self._fixed_and_others(slots, len(blocks))
         rotary = self._rotary_for(segment, slots_BLnD)
-        caches = self._layers(len(blocks), segment, cache, start, stop)
         given = None if fixed is None else fixed.alone(blocks[0])
         layers = Layers(blocks, self._decoder.final_norm if norm else None)
         if cache is not None and fixed is None and self._split is None and len(blocks):
@@ -193,6 +191,7 @@ class Stack:
             room = partial(cache.room, segment, start, stop)
             if (replayed := cache.replays.run(layers, one, room)) is not None:
                 return replayed
+        caches = self._layers(len(blocks), segment, cache, start, stop)
 
         def whole_pass(x_BLnD: Tensor) -> Tensor:
             called = self._checkpointing.block

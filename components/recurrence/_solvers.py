@@ -18,8 +18,9 @@ from torch import Tensor
 from lattice.cache import KVCache
 from lattice.components.recurrence._convergence import Convergence, gradients
 from lattice.components.recurrence._feedback import Feedback
+from lattice.layers import ALL
 from lattice.protocols import Pass, Unrolled
-from lattice.stack import ALL, Fixed, Stack
+from lattice.stack import Fixed, Stack
 
 NOTHING, LAST, ALL_BUT_LAST = slice(0, 0), slice(-1, None), slice(-1)
 

@@ -31,12 +31,12 @@ from lattice.prepare import prepare
 sources, out, options, limit = json.loads(sys.argv[1])
 import lattice.prepare_encoding
 lattice.prepare_encoding.BATCH_DOCUMENTS = 16
-if not limit:  # slowly, or a fast machine is done before it is killed
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+else:  # slowly, or a fast machine is done before it is killed
     import time, lattice.prepare
     encoded = lattice.prepare.encoded_documents
     lattice.prepare.encoded_documents = lambda *a, **k: (time.sleep(0.001) or one for one in encoded(*a, **k))
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 print("begin", flush=True)
 prepare(sources, Path(out), "bytes", show_progress=False, **options)
 """

@@ -128,9 +128,8 @@ def test_weights_are_cast_once_for_all_passes_as_autocast_casts_them(backbone):
         found = logits_of(model, ids)
     assert recordings.made == 2
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
-    assert (
-        casts.count == 2 * linears + 1
-    )  # by autocast for the passes before, for all later ones, and the head
+    # By autocast for the passes before, once for all that are recorded, and the head.
+    assert casts.count == 2 * linears + 1
 
 
 def test_a_copy_of_a_cache_goes_on_by_itself():
