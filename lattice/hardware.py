@@ -62,13 +62,21 @@ def describe(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
+def vendor() -> str:
+    """Of the processor, as it names itself: GenuineIntel, AuthenticAMD; empty where that is not known."""
+    return _of_processor("vendor_id")
+
+
 def _processor() -> str:
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def _of_processor(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def visible_gpus() -> list[str]:

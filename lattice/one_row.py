@@ -20,19 +20,12 @@ from lattice.transient import product_dtype
 _attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 
-class Linear(nn.Linear):
-    """For backbones: torch's linear, but for a single row on a CPU, without gradients."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        # The cheapest questions first: on a GPU decoding waits for Python.
-        if torch.is_grad_enabled() or input.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(input)
-        if input.numel() != input.shape[-1]:
-            return super().forward(input)
-        if product_dtype(input) != torch.float32:
-            return _without_onednn(super().forward, input)
-        product = _in_parts(input, self.weight, self.bias)
-        return super().forward(input) if product is None else product
+def linear(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch.nn.functional.linear of a single row on a CPU, without gradients."""
+    if product_dtype(x_D) != torch.float32:
+        return _without_onednn(x_D, weight, bias)
+    product = _in_parts(x_D, weight, bias)
+    return F.linear(x_D, weight, bias) if product is None else product
 
 
 def _in_parts(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -53,14 +46,14 @@ def _in_parts(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     return product.view(*x_D.shape[:-1], outputs)
 
 
-def _without_onednn(linear: Callable[[Tensor], Tensor], x_D: Tensor) -> Tensor:
+def _without_onednn(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's own bfloat16 product reads twice as fast as oneDNN's, which is faster from three rows on."""
     switch: Any = torch.backends.mkldnn
     if not switch.enabled:
-        return linear(x_D)
+        return F.linear(x_D, weight, bias)
     switch.enabled = False
     try:
-        return linear(x_D)
+        return F.linear(x_D, weight, bias)
     finally:
         switch.enabled = True
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lattice.layers import Layers
-from lattice.one_row import Linear
+from lattice.linear import Linear
 from lattice.transient import product_dtype
 
 if TYPE_CHECKING:

@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lattice import onednn
 from lattice.protocols import ActivationCheckpoint, LayerCost
 from lattice.registry import register
 
@@ -66,15 +68,21 @@ ATTENTION = {
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-MATRICES = {ATEN.mm.default: 0, ATEN.bmm.default: 0, ATEN._scaled_mm.default: 0, ATEN.addmm.default: 1}
-"""Matrix products, and which of their arguments is the first factor; the other one follows."""
+MATRICES: dict[Any, Callable[..., Tensor]] = {
+    ATEN.mm: lambda x, weight, *_: weight,
+    ATEN.bmm: lambda x, weight, *_: weight,
+    ATEN._scaled_mm: lambda x, weight, *_: weight,
+    ATEN.addmm: lambda bias, x, weight, *_: weight,
+    onednn.PRODUCT: lambda x, weight, *_: weight.t(),
+}
+"""Matrix products, and which of their arguments has inputs times outputs."""
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operation in ATTENTION:
         return CheckpointPolicy.MUST_SAVE
-    if operation in MATRICES:
-        inputs, outputs = args[MATRICES[operation] + 1].shape[-2:]
+    if (weight := MATRICES.get(operation.overloadpacket)) is not None:
+        inputs, outputs = weight(*args).shape[-2:]
         if outputs <= inputs:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -26,7 +26,7 @@ from lattice.components.backbone._options import (
 )
 from lattice.cost import wide
 from lattice.decoder import Block, Decoder, Projected, Rotary, rotary_tables
-from lattice.one_row import Linear
+from lattice.linear import Linear
 from lattice.protocols import Backbone, LayerCost, Shape
 from lattice.registry import register
 from lattice.transient import transient

@@ -27,7 +27,7 @@ from lattice.components.recurrence._convergence import (
 from lattice.components.recurrence._iterations import Iterations
 from lattice.components.recurrence._scale import check_embed_scale
 from lattice.draws import Draw
-from lattice.one_row import Linear
+from lattice.linear import Linear
 from lattice.protocols import Initialization, Pass, Recurrence, Shape, Unroll, Unrolled
 from lattice.registry import register
 from lattice.stack import Stack

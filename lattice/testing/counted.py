@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lattice import onednn
+
 
 def slots_of(inputs: tuple[Any, ...]) -> int:
     """Slots of each row that one call of a layer was for, from the call's positional arguments: what a
@@ -37,12 +39,18 @@ def _attention_backward(
     return 2 * _attention(query, key, value)  # the scores, computed again, are not counted
 
 
+def _linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * len(weight)
+
+
 _ATEN = torch.ops.aten
-# torch counts attention on GPUs alone, and there its recomputation in the backward pass too.
+# torch counts attention on GPUs alone, and there its recomputation in the backward pass too; of oneDNN's
+# operations nothing.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    onednn.PRODUCT: _linear,
 }
 
 

@@ -11,8 +11,8 @@ from lattice.components.compile.block import CompileBlock
 from lattice.components.precision.float8 import Float8
 from lattice.components.precision.formats import BFloat16
 from lattice.draws import Draw
-from lattice.registry import kinds
 from lattice.split import Split
+from tests.built_in import built_in
 
 VOCABULARY = 97
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ LINEARS = {
 }
 LAYERS = {"gpt_neox": "decoder.gpt_neox.layers", "llama": "decoder.model.layers"}
 THINKING = {"kind": "latent_thoughts", "thoughts": 1}
-RECURRENCES = {kind: {"kind": kind} for kind in kinds("recurrence")} | {
+RECURRENCES = {kind: {"kind": kind} for kind in sorted(built_in("recurrence"))} | {
     "two_thoughts_swept": {"kind": "latent_thoughts", "thoughts": 2, "solver": "gauss_seidel"}
 }
 CHECKPOINTING = {
