@@ -36,13 +36,15 @@ def seconds(call: Callable[[], object], times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repetitions: int) -> tuple[float, float, str]:
-    """Seconds of each, and the ratios."""
-    times = max(1, int(0.02 / max(seconds(theirs, 1), seconds(theirs, 1))))
-    pairs = [(seconds(theirs, times), seconds(ours, times)) for _ in range(repetitions + 1)][1:]
+def in_turn(calls: list[Callable[[], object]], repetitions: int) -> tuple[float, float, str]:
+    """Seconds of the first and of the second, and how many times faster that is."""
+    for call in calls:
+        call()
+    times = max(1, int(0.02 / seconds(calls[0], 1)))
+    pairs = [[seconds(call, times) for call in calls] for _ in range(repetitions)]
     low, middle, high = statistics.quantiles((one / other for one, other in pairs), n=4, method="inclusive")
-    torchs, own = (statistics.median(one) for one in zip(*pairs, strict=True))
-    return torchs, own, f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    first, second = (statistics.median(one) for one in zip(*pairs, strict=True))
+    return first, second, f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def measured(inputs: int, outputs: int, rows: int, repetitions: int) -> list[str]:
@@ -58,7 +60,7 @@ def measured(inputs: int, outputs: int, rows: int, repetitions: int) -> list[str
 
     cells = []
     for of, products in ((forward, 1), (learnt, 3)):
-        torchs, ours, faster = in_turn(of(Linear), of(nn.Linear), repetitions)
+        torchs, ours, faster = in_turn([of(nn.Linear), of(Linear)], repetitions)
         operations = products * 2 * rows * inputs * outputs / 1e9
         cells += [f"{operations / torchs:.0f}", f"{operations / ours:.0f}", faster]
     return cells
