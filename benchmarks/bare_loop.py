@@ -24,7 +24,9 @@ import lattice
 from lattice import hardware
 from lattice.assemble import training_graph
 from lattice.decoder import AttentionMask
+from lattice.rank_log import RankLog
 from lattice.train import Loop
+from lattice.watch import Watch
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CASES = {
@@ -53,7 +55,7 @@ def bare_step(loop: Loop, ids_BL: torch.Tensor, targets_BL: torch.Tensor) -> Non
         x_BL1D = block(x_BL1D, rotary, mask, None)
     hidden_ND = decoder.final_norm(x_BL1D).flatten(0, 2)
     total, count = model.loss.total(hidden_ND, decoder.head, targets_BL.flatten())
-    (total / count).backward()
+    torch.autograd.backward(total / count)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -63,7 +65,10 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
     file, overrides = CASES[name]
     recipe = lattice.load_recipe(RECIPES / file, [*COMMON, *overrides])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        loop = Loop(training_graph(recipe, Path(folder)), 0, 0.0)
+        graph = training_graph(recipe, Path(folder))
+        log = stack.enter_context(RankLog(Path(folder), graph.world))
+        watch = Watch(Path(folder), graph.world, recipe.run.timeout, log)
+        loop = Loop(graph, {"step": 0, "seconds": 0.0}, watch)
         loop._open_logs(stack)
         batches = loop.graph.source.steps(0)
         (batch,) = next(loop.graph.source.steps(0))

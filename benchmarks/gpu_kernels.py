@@ -82,7 +82,8 @@ def _attention(
     size, device = (ROWS, slots, heads, hidden // heads), options.device
     given = [torch.randn(size, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
     inputs = [one.requires_grad_() for one in given]
-    forward = functools.partial(scaled_dot_product_attention, *inputs, is_causal=True)
+    query, key, value = inputs
+    forward = functools.partial(scaled_dot_product_attention, query, key, value, is_causal=True)
     pairs, chosen = 4 * ROWS * slots**2 * hidden, BACKENDS[backend]
     with nullcontext() if chosen is None else sdpa_kernel(chosen):
         out = forward()

@@ -130,13 +130,10 @@ def _not_recordable(found: dict[str, Any], *, device: torch.device, length: int)
     model = build(recipe_of("tiny", 1, device=device, precision="fp32"), device)
     ids_BL, computes = some_ids(model, 3, length), precision_of("fp32")
     reference, _ = decoded(model, ids_BL, None, computes)
-    norm = model.decoder.blocks[0].input_layernorm
-    kind = type(
-        "Waits",
-        (type(norm),),
-        {"forward": lambda self, x: super(kind, self).forward(x * x.norm().cpu() / x.norm())},
-    )
-    norm.__class__ = kind
+    norm: Any = model.decoder.blocks[0].input_layernorm
+    forward = type(norm).forward
+    waits = {"forward": lambda self, x: forward(self, x * x.norm().cpu() / x.norm())}
+    norm.__class__ = type("Waits", (type(norm),), waits)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         value, replays = decoded(model, ids_BL, None, computes)

@@ -136,7 +136,7 @@ def marginal(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
 
 def _children(main: psutil.Process) -> list[psutil.Process]:
     try:
-        return main.children(recursive=True)
+        return list(main.children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
@@ -175,10 +175,10 @@ def main() -> None:
                 add(reading_alone(source, size))
                 for workers in arguments.workers:
                     add(prepared(source, here / "tokenizer", here / f"{source.name}-{workers}", workers))
-        runs = {(row["workers"], Path(row["file"]).suffix): [] for row in rows if row["case"] == "prepare"}
+        runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
         for row in rows:
             if row["case"] == "prepare":
-                runs[row["workers"], Path(row["file"]).suffix].append(row)
+                runs.setdefault((row["workers"], Path(row["file"]).suffix), []).append(row)
         for several in runs.values():
             if len(several) > 1:
                 add(marginal(several[0], several[-1]))

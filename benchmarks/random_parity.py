@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -67,12 +68,14 @@ def differences(folder: Path, case: dict[str, Any]) -> dict[str, float]:
     logits = model(golden["ids"], attention_mask=mask).logits
     targets = F.pad(golden["labels"][:, 1:], (0, 1), value=-100)
     loss = model(golden["ids"], attention_mask=mask, targets=targets).loss
+    assert loss is not None
     loss.backward()
-    gradients = {f"grad.{name}": parameter.grad for name, parameter in model.decoder.named_parameters()}
+    parameters = model.decoder.named_parameters()
+    gradients = {f"grad.{name}": one.grad for name, one in parameters if one.grad is not None}
     theirs = {name: one for name, one in golden.items() if name.startswith("grad.")}
     assert gradients.keys() == theirs.keys(), gradients.keys() ^ theirs.keys()
-    apart = sum((gradients[name] - one).square().sum().item() for name, one in theirs.items()) ** 0.5
-    norm = sum(one.square().sum().item() for one in theirs.values()) ** 0.5
+    apart = math.sqrt(sum((gradients[name] - one).square().sum().item() for name, one in theirs.items()))
+    norm = math.sqrt(sum(one.square().sum().item() for one in theirs.values()))
     return {
         "logits": (logits - golden["logits"])[mask.bool()].abs().max().item(),
         "loss": abs(loss.item() - case["loss"]),
@@ -127,9 +130,9 @@ def main() -> int:
     show(worst, cases)
     machine = {"hardware": hardware.describe(torch.device("cpu")), "torch": torch.__version__}
     with options.out.open("a", encoding="utf-8") as file:
-        for (backbone, kind), found in sorted(worst.items()):
-            row = {"benchmark": "random_parity", "backbone": backbone, "kind": kind, "seed": options.seed}
-            file.write(json.dumps({**row, "cases": cases[backbone, kind], **found, **machine}) + "\n")
+        for of, found in sorted(worst.items()):
+            row = {"benchmark": "random_parity", "backbone": of[0], "kind": of[1], "seed": options.seed}
+            file.write(json.dumps({**row, "cases": cases[of], **found, **machine}) + "\n")
     return int(beyond > 0)
 
 

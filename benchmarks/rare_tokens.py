@@ -42,13 +42,13 @@ def read(run: Path, tokens: int, trust_imports: bool) -> dict[str, Tensor]:
         states = [hidden_BLD.float().flatten(0, 1), embedded_BLD.flatten(0, 1)]
         found.append((batch.ids_BL.flatten(), batch.targets_BL.flatten(), losses_N, *states))
     ids_N, targets_N, losses_N, *states_ND = (torch.cat(parts) for parts in zip(*found, strict=True))
-    centred = [state_ND - state_ND.mean(0) for state_ND in states_ND]
+    state_ND, embedded_ND = (state_ND - state_ND.mean(0) for state_ND in states_ND)
     kept = targets_N != -100
     return {
         "read": ids_N[kept],
         "predicted": targets_N[kept],
         "loss": losses_N[kept],
-        "cosine": F.cosine_similarity(*centred)[kept],
+        "cosine": F.cosine_similarity(state_ND, embedded_ND)[kept],
     }
 
 

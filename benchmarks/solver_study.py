@@ -25,7 +25,7 @@ from rich.table import Table
 import lattice
 
 RESULTS = Path(__file__).parent / "results" / "solver_study.jsonl"
-MODEL = {
+MODEL: dict[str, Any] = {
     "run": {"batch_tokens": 1024, "sequence_tokens": 128, "log_every": 50},
     "backbone": {
         "kind": "gpt_neox",
@@ -66,7 +66,7 @@ def cost(recurrence: dict[str, Any]) -> float:
 
 def arms(steps: int, counts: list[int]) -> dict[str, tuple[dict[str, Any], int]]:
     """Name -> recurrence and number of steps."""
-    found = {"plain": (PLAIN, steps)}
+    found: dict[str, tuple[dict[str, Any], int]] = {"plain": (PLAIN, steps)}
     for thoughts in counts:
         jacobi, sweeps = thinking(thoughts, "jacobi"), thinking(thoughts, "gauss_seidel")
         found[f"K={thoughts} jacobi"] = jacobi, steps

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from torch import Tensor
 
 import lattice
 from lattice.assemble import cache_folder
-from lattice.components.recurrence.latent_thoughts import GaussSeidel, Jacobi, LatentThoughts
+from lattice.components.recurrence._iterations import GaussSeidel, Jacobi
+from lattice.components.recurrence.latent_thoughts import LatentThoughts
 from lattice.load import codec_of, recipe_of
-from lattice.protocols import DataRequest
+from lattice.protocols import Batch, DataRequest
 
 RESULTS = Path(__file__).parent / "results" / "solvers.jsonl"
 Solve = Callable[[lattice.LanguageModel, Tensor], Tensor]
@@ -58,7 +60,8 @@ def held_out(thoughts: int, runs: Path, rows: int, length: int) -> Tensor:
         seed=0,
     )
     source = recipe.component("data").open(request)
-    return next(iter(source.validation(rows * length))).ids_BL
+    batch: Batch = next(iter(source.validation(rows * length)))
+    return batch.ids_BL
 
 
 def predicting(model: lattice.LanguageModel, ids_BL: Tensor, **options: Any) -> Tensor:
@@ -73,22 +76,18 @@ def predicting(model: lattice.LanguageModel, ids_BL: Tensor, **options: Any) -> 
 
 def solvers(thoughts: int) -> Iterator[tuple[str, float, Solve]]:
     """Name, token-passes a token, and the solver."""
-    warm = thoughts * (thoughts + 1) / 2
+    warm, known = thoughts * (thoughts + 1) / 2, partial(predicting, thoughts=thoughts)
     for count in range(3 * thoughts + 2):
-        jacobi = {
-            "thoughts": thoughts,
-            "jacobi": Jacobi(eval=count),
-        }
-        yield "jacobi", warm + (count + 1) * (thoughts + 1), lambda m, i, o=jacobi: predicting(m, i, **o)
+        jacobi = partial(known, jacobi=Jacobi(eval=count))
+        yield "jacobi", warm + (count + 1) * (thoughts + 1), jacobi
     for count in range(6):
-        sweeps = GaussSeidel(eval=count)
-        options = {"thoughts": thoughts, "solver": "gauss_seidel", "gauss_seidel": sweeps}
-        cost = (count + 1) * (thoughts + 1)
-        yield "gauss_seidel", cost, lambda m, i, o=options: predicting(m, i, **o)
-        yield "gauss_seidel, chunks of 32", cost, lambda m, i, c=count: chunks(m, i, c, thoughts, 32)
+        sweeps = partial(known, solver="gauss_seidel", gauss_seidel=GaussSeidel(eval=count))
+        yield "gauss_seidel", (count + 1) * (thoughts + 1), sweeps
+        in_chunks = partial(chunks, count=count, thoughts=thoughts, size=32)
+        yield "gauss_seidel, chunks of 32", (count + 1) * (thoughts + 1), in_chunks
     for count in range(2, 3 * thoughts + 2):
-        cost = warm + (count + 1) * (thoughts + 1)
-        yield "jacobi, Anderson mixing", cost, lambda m, i, c=count: anderson(m, i, c, thoughts, 2)
+        mixing = partial(anderson, count=count, thoughts=thoughts, memory=2)
+        yield "jacobi, Anderson mixing", warm + (count + 1) * (thoughts + 1), mixing
 
 
 def sequential(model: lattice.LanguageModel, ids_BL: Tensor) -> Tensor:

@@ -64,19 +64,26 @@ def describe(device: torch.device) -> str:
 
 def vendor() -> str:
     """Of the processor, as it names itself: GenuineIntel, AuthenticAMD; empty where that is not known."""
-    return _of_processor("vendor_id")
+    return _of_processor().get("vendor_id", "")
 
 
 def _processor() -> str:
-    return _of_processor("model name") or platform.processor() or platform.machine()
+    """A virtual machine may hide its name, but not its generation."""
+    said = _of_processor()
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said.get('model', 'unknown')})"
 
 
-def _of_processor(field: str) -> str:
+def _of_processor() -> dict[str, str]:
+    """What the kernel says of the first one, where it is Linux."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def visible_gpus() -> list[str]:
