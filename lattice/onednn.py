@@ -1,8 +1,8 @@
 """Linears in float32 by oneDNN, on CPUs where MKL, which torch takes for them, is slower.
 
-MKL uses AVX2 alone on AMD's processors. Where these compute with 512 bits at once (Zen 5) oneDNN is 2.3 times
-as fast, forward and backward; `python benchmarks/linears.py` shows by how much here. Results differ by
-roundings alone.
+On AMD's processors MKL multiplies no faster than AVX2 can. Where these compute with 512 bits at once (Zen 5)
+oneDNN is twice as fast, forward and backward; `python benchmarks/linears.py` shows by how much here. Results
+differ by roundings alone.
 Shapes: I inputs, O outputs, N rows.
 """
 
