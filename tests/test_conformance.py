@@ -61,6 +61,9 @@ BROKEN = {
     "penalty_rows_mixed": "batch and padding",
     "penalty_random": "determinism",
     "supervision_leak": "causality",
+    "deaf_to_count": "thoughts",
+    "counts_on": "thoughts",
+    "counts_backwards": "thoughts",
 }
 CARRIED = ("carried_state", "token_carried_state")
 """Between branches, too."""
@@ -72,6 +75,9 @@ ALONE = (
     "no_gradients",
     "undeclared_step",
     "undeclared_product",
+    "deaf_to_count",
+    "counts_on",
+    "counts_backwards",
 )
 """Of the broken ones those with which nothing else is wrong."""
 registry.import_user_code("broken_variants.py", Path(__file__).parent)
@@ -108,6 +114,7 @@ def test_a_leak_at_any_token_is_caught(ahead):
 def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "right"})
     assert_conforms({"kind": "token_gate"})
+    assert_conforms({"kind": "counts"})
     assert_conforms({"kind": "sweeps"}, check="parallel and sequential")
     assert_conforms({"kind": "sweeps"}, check="cost")
 

@@ -9,8 +9,9 @@ import math
 import operator
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lattice.draws import Draw
 from lattice.ledger import ledger, operations_of, training_passes
 from lattice.model import LanguageModel
 from lattice.options import to_table
+from lattice.protocols import Recurrence
 from lattice.recipe import load_recipe
 from lattice.registry import lookup
 from lattice.slots import Slots, Tokens
@@ -43,6 +45,8 @@ DRAWS = tuple(
     Draw(seed, step) for first in (0, 10**6) for step in range(first, first + 12) for seed in (0, 1)
 )
 """Over which the cost of a training step is the mean: at the start and late, two draws of each step."""
+THOUGHTS = 4
+"""Numbers that are asked for, from 0 on."""
 STEPS = tuple(Draw(0, step) for step in (1, 2, 10**6))
 """Training steps, a late one among them: what a recurrence does may change in the course of a run."""
 NEAR = 100
@@ -275,6 +279,27 @@ def cost(subject: Subject) -> str | None:
         if abs(statistics.mean(missed)) > chance + rounding * mean:
             draws = f" in the mean of {len(counted)} draws" if len(counted) > 1 else ""
             return f"{when} takes {mean:g} {what} a token{draws}, declared are {said:g}"
+    return None
+
+
+def thoughts(subject: Subject) -> str | None:
+    """Where it can be given another number of thoughts, each number is a recurrence of its own, of more
+    token-passes than the one before, whatever number it had."""
+    found: dict[int, Recurrence] = {}
+    for count in range(THOUGHTS):
+        with suppress(ValueError):  # there may be no such count
+            found[count] = subject.component.with_thoughts(count)
+    costs: dict[int, float] = {}
+    for count, one in found.items():
+        for other, from_other in found.items():
+            if (again := from_other.with_thoughts(count)) != one:
+                ways = f"with_thoughts({count}) is {to_table(one)}, and {to_table(again)}"
+                return f"{ways} after with_thoughts({other})"
+        costs[count] = ledger(subject.recipe(one), length=CONTEXT).evaluation_token_passes
+    for fewer, more in pairwise(costs):
+        if costs[more] <= costs[fewer]:
+            taken = f"{costs[fewer]:g} token-passes a token with {fewer}, {costs[more]:g} with {more}"
+            return f"evaluation takes {taken}"
     return None
 
 

@@ -24,6 +24,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "gradients": checks.gradients,
     "determinism": checks.determinism,
     "cost": checks.cost,
+    "thoughts": checks.thoughts,
     "save and load": checks.save_and_load,
 }
 """By name. Each takes a Subject and returns a counterexample or None."""
