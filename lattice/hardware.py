@@ -21,6 +21,7 @@ from lattice.graphs import stance
 from lattice.launch import Agreed, Launch
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def _processor() -> str:
 
 
 def _of_processor() -> dict[str, str]:
-    """What the kernel says of the first one, where it is Linux."""
+    """What Linux says of the first one; nothing elsewhere."""
     try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+        first = PROCESSORS.read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())

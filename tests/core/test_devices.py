@@ -7,6 +7,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lattice import hardware
 from lattice.build import build_model, undrawn_model
 from lattice.draws import Draw
 from lattice.hardware import peak_of
@@ -99,3 +100,14 @@ def test_layers_may_lie_on_several_devices(recurrence, on_first):
 def test_the_peak_is_that_of_the_very_gpu(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_of(torch.device("cuda")) == peak
+
+
+def test_a_processor_is_named_with_its_generation(tmp_path, monkeypatch):
+    said = tmp_path / "cpuinfo"
+    monkeypatch.setattr(hardware, "PROCESSORS", said)
+    assert hardware.vendor() == ""
+    assert "family" not in hardware.describe(torch.device("cpu"))  # not Linux
+    one = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
+    said.write_text(f"{one}\n{one.replace('26', '27')}\n")
+    assert hardware.vendor() == "AuthenticAMD"
+    assert hardware.describe(torch.device("cpu")).startswith("AMD EPYC (family 26, model 2), ")
