@@ -81,7 +81,8 @@ MATRICES: dict[Any, Callable[..., Tensor]] = {
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operation in ATTENTION:
         return CheckpointPolicy.MUST_SAVE
-    if (weight := MATRICES.get(operation.overloadpacket)) is not None:
+    # FlexAttention's is of another kind, which has no overloads.
+    if (weight := MATRICES.get(getattr(operation, "overloadpacket", operation))) is not None:
         inputs, outputs = weight(*args).shape[-2:]
         if outputs <= inputs:
             return CheckpointPolicy.MUST_SAVE

@@ -5,9 +5,13 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy
 
 import lattice
+from lattice import onednn
+from lattice.components.activation_checkpoint.recompute import _policy
 from lattice.components.loss.cross_entropy import CrossEntropy
 from lattice.components.precision.formats import BFloat16, Float32
 from lattice.draws import Draw
@@ -278,3 +282,17 @@ def test_decoding_under_autocast(backbone):
         rounded, _ = model.prefill(ids)
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() < 5e-2 * exact.norm()
+
+
+def test_what_selective_checkpointing_keeps():
+    """Products that are not wider than what goes in, by whichever kernel; of FlexAttention, which is no
+    operation with overloads, nothing."""
+    aten, x_ND = torch.ops.aten, torch.ones(3, 8)
+    for outputs in (4, 8, 16):
+        weight_DO, bias_O = torch.ones(8, outputs), torch.ones(outputs)
+        kept = CheckpointPolicy.MUST_SAVE if outputs <= 8 else CheckpointPolicy.PREFER_RECOMPUTE
+        assert _policy(None, aten.mm.default, x_ND, weight_DO) == kept
+        assert _policy(None, aten.addmm.default, bias_O, x_ND, weight_DO) == kept
+        assert _policy(None, onednn.PRODUCT.default, x_ND, weight_DO.t(), bias_O, "none", [], "") == kept
+    for operation in (aten.gelu.default, flex_attention):
+        assert _policy(None, operation, x_ND) == CheckpointPolicy.PREFER_RECOMPUTE
