@@ -76,9 +76,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [
-        [name, str(rows), *measured(inputs, outputs, rows, options.repetitions)]
+        [name, str(count), *measured(inputs, outputs, count, options.repetitions)]
         for name, (inputs, outputs) in SHAPES.items()
-        for rows in options.rows
+        for count in options.rows
     ]
     columns = ["linear", "rows", "torch", "lattice", "faster", "torch, learnt", "lattice, learnt", "faster"]
     by = "oneDNN" if onednn.faster() else "what torch takes"

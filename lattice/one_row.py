@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from lattice.onednn import plain
 from lattice.transient import product_dtype
 
 _attend: Callable[..., Tensor] = F.scaled_dot_product_attention
@@ -33,8 +34,9 @@ def _in_parts(x_D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     fast as its matrix times vector, and on all threads. None for what this is not for."""
     outputs, inputs = weight.shape
     parts = math.gcd(outputs, max(2, torch.get_num_threads()))
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
-    if parts == 1 or not plain or not x_D.dtype == weight.dtype == torch.float32:
+    if parts == 1 or not plain(weight) or not weight.is_contiguous():
+        return None
+    if not x_D.dtype == weight.dtype == torch.float32:
         return None
     # The same column for each part, in one call; MKL takes other strides ten times slower.
     columns = x_D.contiguous().as_strided((parts, inputs, 1), (0, 1, inputs))

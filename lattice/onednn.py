@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lattice import hardware
+from lattice.transient import product_dtype
 
 PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """Of x, weight, bias and an activation, here none. None where torch was built without oneDNN."""
@@ -38,13 +39,12 @@ def faster() -> bool:
 def serves(x_I: Tensor, weight_OI: Tensor) -> bool:
     """Whether `linear` is for these, and pays."""
     return (
-        x_I.dtype == weight_OI.dtype == torch.float32
+        x_I.dtype == weight_OI.dtype == product_dtype(x_I) == torch.float32
         and x_I.device.type == weight_OI.device.type == "cpu"
         and x_I.numel() * len(weight_OI) >= SMALLEST
-        and _plain(x_I)
-        and _plain(weight_OI)
+        and plain(x_I)
+        and plain(weight_OI)
         and weight_OI.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and faster()
     )
@@ -59,7 +59,7 @@ def linear(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return out_O
 
 
-def _plain(tensor: Tensor) -> bool:
+def plain(tensor: Tensor) -> bool:
     """Not a sharded one, or one of a precision of its own."""
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
 

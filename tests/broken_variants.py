@@ -7,6 +7,7 @@ from torch import nn
 
 from lattice import register
 from lattice.components.recurrence.depth import Depth, Repetitions
+from lattice.components.recurrence.loop import Loop
 from lattice.protocols import Pass, Recurrence, Unroll, Unrolled
 from tests.supervised import BothPredict, Supervised
 
@@ -428,53 +429,20 @@ class SupervisionLeak(BothPredict):
 
 @register("recurrence", "deaf_to_count")
 @dataclass(frozen=True, kw_only=True)
-class DeafToCount(TwoPasses):
-    unroll = Again
-
+class DeafToCount(Loop):
     def with_thoughts(self, count):
         return self
 
 
-class Counted(nn.Module, Unroll):
-    def __init__(self, again):
-        super().__init__()
-        self.again = again
-
-    def forward(self, stack, ids_BL, *, draw=None, cache=None):
-        token_BL1D = stack.embed(ids_BL).unsqueeze(2)
-        hidden_BL1D = torch.zeros_like(token_BL1D)
-        for index in range(self.again + 1):
-            keys = None if cache is None else cache.of_pass(index)
-            hidden_BL1D = stack.run(token_BL1D + hidden_BL1D, cache=keys)
-        return Unrolled(hidden_BL1D.squeeze(2))
-
-
-@register("recurrence", "counts")
-@dataclass(frozen=True, kw_only=True)
-class Counts(Recurrence):
-    """Right."""
-
-    again: int = 1
-
-    def passes(self, shape, *, training):
-        return [Pass(times=self.again + 1)]
-
-    def with_thoughts(self, count):
-        return replace(self, again=count)
-
-    def build(self, shape):
-        return Counted(self.again)
-
-
 @register("recurrence", "counts_on")
 @dataclass(frozen=True, kw_only=True)
-class CountsOn(Counts):
+class CountsOn(Loop):
     def with_thoughts(self, count):
-        return replace(self, again=self.again + count)
+        return replace(self, loops=self.loops + count)
 
 
 @register("recurrence", "counts_backwards")
 @dataclass(frozen=True, kw_only=True)
-class CountsBackwards(Counts):
+class CountsBackwards(Loop):
     def with_thoughts(self, count):
-        return replace(self, again=10 - count)
+        return replace(self, loops=10 - count)

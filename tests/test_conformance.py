@@ -114,7 +114,7 @@ def test_a_leak_at_any_token_is_caught(ahead):
 def test_the_same_without_the_mistake_conforms():
     assert_conforms({"kind": "right"})
     assert_conforms({"kind": "token_gate"})
-    assert_conforms({"kind": "counts"})
+    assert_conforms({"kind": "loop"})
     assert_conforms({"kind": "sweeps"}, check="parallel and sequential")
     assert_conforms({"kind": "sweeps"}, check="cost")
 

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lattice import onednn
@@ -68,22 +67,22 @@ ATTENTION = {
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-MATRICES: dict[Any, Callable[..., Tensor]] = {
-    ATEN.mm: lambda x, weight, *_: weight,
-    ATEN.bmm: lambda x, weight, *_: weight,
-    ATEN._scaled_mm: lambda x, weight, *_: weight,
-    ATEN.addmm: lambda bias, x, weight, *_: weight,
-    onednn.PRODUCT: lambda x, weight, *_: weight.t(),
+MATRICES = {
+    ATEN.mm.default: (0, -1),
+    ATEN.bmm.default: (0, -1),
+    ATEN._scaled_mm.default: (0, -1),
+    ATEN.addmm.default: (1, -1),
+    getattr(onednn.PRODUCT, "default", None): (0, 0),
 }
-"""Matrix products, and which of their arguments has inputs times outputs."""
+"""Matrix products: which argument is the first factor, and which dimension of the next one has outputs."""
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operation in ATTENTION:
         return CheckpointPolicy.MUST_SAVE
-    # FlexAttention's is of another kind, which has no overloads.
-    if (weight := MATRICES.get(getattr(operation, "overloadpacket", operation))) is not None:
-        inputs, outputs = weight(*args).shape[-2:]
+    if operation in MATRICES:
+        first, dimension = MATRICES[operation]
+        inputs, outputs = args[first].shape[-1], args[first + 1].shape[dimension]
         if outputs <= inputs:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -53,19 +53,16 @@ def test_products_and_gradients_are_those_of_torch(leading, inputs, outputs, lea
     drawn = torch.Generator().manual_seed(seed)
     shapes = [(*leading, inputs), (outputs, inputs), (outputs,)]
     tensors = [torch.randn(shape, generator=drawn) for shape in shapes]
-    if len(leading) > 1:
-        tensors[0] = laid_out(tensors[0], layouts[0])
-    grad = laid_out(torch.randn(*leading, outputs, generator=drawn), layouts[1] if len(leading) > 1 else "")
+    grad = laid_out(torch.randn(*leading, outputs, generator=drawn), layouts[1])
     if not biased:
         tensors, learning = tensors[:2], learning[:2]
     found = []
     for linear, dtype in ((onednn.linear, torch.float32), (F.linear, torch.float64)):
-        # A leaf through which the layout goes on.
         leaves = [
             tensor.detach().to(dtype).requires_grad_(on) for tensor, on in zip(tensors, learning, strict=True)
         ]
         x, weight, *bias = leaves
-        out = linear(laid_out(x, layouts[0]) if len(leading) > 1 else x, weight, *(bias or [None]))
+        out = linear(laid_out(x, layouts[0]), weight, *(bias or [None]))
         asked = [leaf for leaf in leaves if leaf.requires_grad]
         assert out.requires_grad == bool(asked)
         gradients = torch.autograd.grad(out, asked, grad.to(dtype)) if asked else ()
